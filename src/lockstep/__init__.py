@@ -1,0 +1,25 @@
+"""Lockstep: an inference engine that can show that its answers are right."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from lockstep.core.sampling import SamplingParams
+    from lockstep.engine.llm import LLM
+
+
+def __getattr__(name: str) -> Any:
+    # Imports stay inert: `import lockstep` must not load torch.
+    if name == "LLM":
+        from lockstep.engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from lockstep.core.sampling import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'lockstep' has no attribute {name!r}")
