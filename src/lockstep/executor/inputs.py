@@ -1,0 +1,52 @@
+"""From a plan to tensors.
+
+Shapes: T rows of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lockstep.core.step import StepPlan
+from lockstep.executor.sequences import SequenceTable
+from lockstep.ops.paged_attention.reference import Span
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What the model reads. `first_rows` holds the first row of each slice, in the plan's order."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    spans: list[Span]
+    first_rows: list[int]
+
+
+def build_inputs(plan: StepPlan, sequences: SequenceTable, page_size: int, device: torch.device) -> StepInputs:
+    """Rows of all slices, one after the other, in the plan's order."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    spans: list[Span] = []
+    first_rows: list[int] = []
+    for piece in plan.slices:
+        state = sequences[piece.seq_id]
+        first_rows.append(len(token_ids))
+        end = piece.start + piece.num_tokens
+        pages = state.page_ids
+        if piece.num_tokens == 1:
+            token_ids.append(state.token_ids[piece.start])
+            positions.append(piece.start)
+            slots.append(pages[piece.start // page_size] * page_size + piece.start % page_size)
+        else:
+            token_ids.extend(state.token_ids[piece.start : end])
+            positions.extend(range(piece.start, end))
+            slots.extend(pages[at // page_size] * page_size + at % page_size for at in range(piece.start, end))
+        spans.append(Span(piece.start, piece.num_tokens, pages))
+    packed = torch.tensor([token_ids, positions, slots], dtype=torch.int64)
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    return StepInputs(packed[0], packed[1], packed[2], spans, first_rows)

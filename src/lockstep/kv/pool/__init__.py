@@ -1,0 +1,1 @@
+"""The device tensors that hold keys and values. Read first: `pool.py`."""

@@ -1,0 +1,66 @@
+"""Paged keys and values.
+
+Shapes: N KV heads of this rank, P pages, S slots of a page, H head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lockstep.core.errors import OutOfMemory
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one layer keeps per token on this rank."""
+
+    num_kv_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """Keys and values of one layer. Heads come first, so that the tokens of one head lie together."""
+
+    k_NPSH: torch.Tensor
+    v_NPSH: torch.Tensor
+
+
+class KVPool:
+    """Keys and values of every layer, in pages of `page_size` slots.
+
+    The pool owns memory and nothing else: which page belongs to whom is kv.index's business. Slot s of page p is
+    number p * page_size + s. Raises OutOfMemory when the device has no room.
+    """
+
+    def __init__(
+        self,
+        layers: tuple[KVShape, ...],
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.dtype = dtype
+        self.total_bytes = sum(shape.bytes_per_token(dtype) for shape in layers) * num_pages * page_size
+        try:
+            self.layers = tuple(self._allocate(shape, device) for shape in layers)
+        except (RuntimeError, MemoryError) as error:
+            raise OutOfMemory(
+                f"the KV pool needs {self.total_bytes / 2**30:.2f} GiB for {num_pages * page_size} tokens and the device "
+                "does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
+            ) from error
+
+    def _allocate(self, shape: KVShape, device: torch.device) -> LayerKV:
+        size = (shape.num_kv_heads, self.num_pages, self.page_size, shape.head_dim)
+        # Zeros, not garbage: slots that padding reads must be finite, for 0 * NaN is NaN.
+        return LayerKV(*(torch.zeros(size, dtype=self.dtype, device=device) for _ in range(2)))

@@ -1,0 +1,107 @@
+"""What a layer is given when it is made, and what it is given when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from lockstep.attention.backend import AttentionBackend
+from lockstep.core.probe import Probe, ProbePoint
+from lockstep.kv.pool.pool import KVPool, KVShape
+from lockstep.ops.contract import Signature
+from lockstep.ops.selection import Binding, KernelSelector
+from lockstep.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A rank's part of a weight along one dim."""
+
+    dim: int
+    start: int
+    length: int
+
+
+class Weights(Protocol):
+    """Where weights come from: a file, shapes alone, or a seed."""
+
+    def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: Slice | None) -> torch.Tensor:
+        """The named weight of the given whole shape, or one part of it.
+
+        Raises ModelFileError when it is missing or has another shape.
+        """
+        ...
+
+
+@dataclass
+class Build:
+    """Everything a layer needs to make itself: its ranks, its device, its weights, its kernels.
+
+    Layers call `weight`, `bind`, `point` and `add_kv_layer`; whoever owns the build reads the figures afterwards.
+    """
+
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    weights: Weights
+    kernels: KernelSelector
+    context_length: int
+    page_size: int = 16
+    probe: Probe | None = None
+    on_weight: Callable[[str, int], None] | None = None
+    kv_layers: list[KVShape] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    weight_bytes: int = 0
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], part: Slice | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """This rank's part of the weight `name`, on the device. `shape` is the whole weight's.
+
+        Raises ModelFileError when the file lacks it or has another shape.
+        """
+        tensor = self.weights.load(name, shape, dtype or self.dtype, part)
+        if self.on_weight is not None:
+            self.on_weight(name, tensor.nbytes)
+        self.weight_bytes += tensor.nbytes
+        return tensor.to(self.device)
+
+    def bind(self, op: str, where: str, **signature: Any) -> Binding:
+        """The kernel for one call site."""
+        described: Signature = {"dtype": self.dtype, **signature}
+        return self.kernels.bind(op, where, described)
+
+    def point(
+        self, name: str, axes: tuple[str, ...], placement: str = "replicated"
+    ) -> Callable[[torch.Tensor], None] | None:
+        """A probe point, or None when nobody watches it: the layer then does nothing there."""
+        if self.probe is None:
+            return None
+        probe, point = self.probe, ProbePoint(name, axes, placement)
+        return (lambda value: probe.record(point, value)) if probe.wants(point) else None
+
+    def add_kv_layer(self, shape: KVShape, window: int) -> int:
+        """Registers a layer that keeps keys and values; its number in the pool."""
+        self.kv_layers.append(shape)
+        if window not in self.windows:
+            self.windows.append(window)
+        return len(self.kv_layers) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """One step, as layers see it. Passed explicitly; there is no other.
+
+    positions_T and slots_T (int64) name each row's place in its sequence and in the KV pool. `plan` is the
+    attention backend's.
+    """
+
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    attention: AttentionBackend
+    plan: Any
+    kv: KVPool

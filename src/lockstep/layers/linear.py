@@ -1,0 +1,113 @@
+"""Products with constant weights, column- and row-parallel.
+
+Shapes: T rows, I inputs, O outputs (of this rank, unless said otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lockstep.core.errors import ConfigError
+from lockstep.layers.build import Build, Slice
+from lockstep.parallel.mesh import Axis
+from lockstep.parallel.placement import Partial, Sharded, expect_sharded, expect_whole
+
+TP = "tp"
+
+
+class Product:
+    """x @ weight^T + bias with the kernel bound for it; knows nothing of ranks."""
+
+    def __init__(self, build: Build, where: str, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        outputs, inputs = weight_OI.shape
+        kernel = build.bind("linear", where, inputs=inputs, outputs=outputs, bias=bias_O is not None).kernel
+        self._function = kernel.function
+        # On the meta device there are no bytes to prepare, only shapes to check.
+        prepares = kernel.prepare is not None and not weight_OI.is_meta
+        self._weight: Any = kernel.prepare(weight_OI) if prepares and kernel.prepare else weight_OI
+        if weight_OI.is_meta:
+            self._function = torch.nn.functional.linear
+        self._bias_O = bias_O
+
+    def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
+        out_TO: torch.Tensor = self._function(x_TI, self._weight, self._bias_O)
+        return out_TO
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored weight of a packed product: its name, its whole output size, and this rank's outputs."""
+
+    name: str
+    num_outputs: int
+    start: int
+    length: int
+
+
+def even_part(name: str, num_outputs: int, rank: int, num_ranks: int) -> Part:
+    """This rank's equal share of the outputs. Raises ConfigError when they do not divide."""
+    if num_outputs % num_ranks:
+        raise ConfigError(f"{name} has {num_outputs} outputs, which --tp {num_ranks} does not divide")
+    share = num_outputs // num_ranks
+    return Part(name, num_outputs, rank * share, share)
+
+
+class ColumnParallelLinear:
+    """Stored weights packed into one product whose outputs are split over the axis.
+
+    Takes a whole [T, I]; gives Sharded [T, O] on the last dim: each rank its part of each stored weight, one after
+    the other. The order inside a rank is the packed one, so a Sharded with several parts is consumed by a layer
+    that knows them (attention, gated activations), never gathered.
+    """
+
+    def __init__(
+        self, build: Build, where: str, parts: Sequence[Part], num_inputs: int, *, bias: bool = False, axis: Axis = TP
+    ) -> None:
+        self.where = where
+        self._axis = axis
+        weights = [
+            build.weight(f"{part.name}.weight", (part.num_outputs, num_inputs), Slice(0, part.start, part.length))
+            for part in parts
+        ]
+        biases = [
+            build.weight(f"{part.name}.bias", (part.num_outputs,), Slice(0, part.start, part.length))
+            for part in (parts if bias else ())
+        ]
+        packed_bias = torch.cat(biases) if biases else None
+        self._product = Product(build, where, weights[0] if len(weights) == 1 else torch.cat(weights), packed_bias)
+        self._point = build.point(where, ("token", "output"), f"sharded:{axis}:1")
+
+    def __call__(self, x_TI: torch.Tensor) -> Sharded:
+        out_TO = self._product(expect_whole(x_TI, self.where))
+        if self._point is not None:
+            self._point(out_TO)
+        return Sharded(out_TO, self._axis, -1, self.where)
+
+
+class RowParallelLinear:
+    """A product whose inputs are split over the axis: takes Sharded [T, I], gives Partial [T, O].
+
+    The bias belongs to the first rank, so that the sum counts it once.
+    """
+
+    def __init__(
+        self, build: Build, where: str, num_inputs: int, num_outputs: int, *, bias: bool = False, axis: Axis = TP
+    ) -> None:
+        self.where = where
+        self._axis = axis
+        group = build.mesh.group(axis)
+        share = even_part(where, num_inputs, group.rank, group.size)
+        weight_OI = build.weight(f"{where}.weight", (num_outputs, num_inputs), Slice(1, share.start, share.length))
+        bias_O = build.weight(f"{where}.bias", (num_outputs,)) if bias and group.rank == 0 else None
+        self._product = Product(build, where, weight_OI, bias_O)
+        self._point = build.point(where, ("token", "output"), f"partial:{axis}")
+
+    def __call__(self, x: Sharded) -> Partial:
+        out_TO = self._product(expect_sharded(x, self._axis, self.where))
+        if self._point is not None:
+            self._point(out_TO)
+        return Partial(out_TO, self._axis, self.where)

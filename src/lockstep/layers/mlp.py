@@ -1,0 +1,35 @@
+"""Gated feed-forward blocks.
+
+Shapes: T tokens, D model, F inner width (this rank's).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.core.errors import ModelFileError, nearest
+from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.linear import TP, ColumnParallelLinear, RowParallelLinear, even_part
+from lockstep.parallel.mesh import Axis
+from lockstep.parallel.placement import Partial
+
+_ACTIVATIONS = {"silu": "silu_and_mul", "gelu_pytorch_tanh": "gelu_and_mul"}
+"""Hugging Face's activation names, and the operator that multiplies by the gate in the same pass."""
+
+
+class GatedMLP:
+    """down(activation(gate(x)) * up(x)). Takes a whole [T, D], gives Partial [T, D]."""
+
+    def __init__(
+        self, build: Build, where: str, *, hidden_size: int, inner_size: int, activation: str = "silu", axis: Axis = TP
+    ) -> None:
+        if activation not in _ACTIVATIONS:
+            raise ModelFileError(f"unknown activation {activation!r}{nearest(activation, _ACTIVATIONS)}")
+        group = build.mesh.group(axis)
+        parts = [even_part(f"{where}.{name}", inner_size, group.rank, group.size) for name in ("gate_proj", "up_proj")]
+        self._gate_up = ColumnParallelLinear(build, f"{where}.gate_up_proj", parts, hidden_size, axis=axis)
+        self._down = RowParallelLinear(build, f"{where}.down_proj", inner_size, hidden_size, axis=axis)
+        self._activate = build.bind(_ACTIVATIONS[activation], where, width=parts[0].length).function
+
+    def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
+        return self._down(self._gate_up(hidden_TD).map(self._activate))

@@ -1,0 +1,115 @@
+"""Gemma 3, text only: sliding and full layers, norms on both sides of each block. Gemma Team, 2025.
+
+Norm weights are stored minus one; embeddings are scaled by sqrt(D); sliding layers rotate with their own base.
+Shapes: T tokens, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lockstep.attention.backend import AttentionSpec
+from lockstep.layers.attention import SelfAttention
+from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.mlp import GatedMLP
+from lockstep.layers.norm import AddRMSNorm, RMSNorm
+from lockstep.layers.rope import RopeSpec, RotaryEmbedding
+from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, layer_windows, make_head
+from lockstep.parallel.placement import reduce
+
+_CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class Gemma3Layer:
+    """Each block's output is normalised before it is added, so its sum is resolved first."""
+
+    def __init__(
+        self, build: Build, where: str, config: DecoderConfig, *, window: int, scale: float, soft_cap: float, bias: bool
+    ) -> None:
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.slides = window > 0
+        self._mesh = build.mesh
+        self._input_norm = RMSNorm(build, f"{where}.input_layernorm", width, eps, stored_minus_one=True)
+        self._attention = SelfAttention(
+            build,
+            f"{where}.self_attn",
+            hidden_size=width,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            spec=AttentionSpec(scale=scale, window=window, soft_cap=soft_cap),
+            qkv_bias=bias,
+            out_bias=bias,
+            head_norm_eps=eps,
+            norm_stored_minus_one=True,
+        )
+        self._post_attention = RMSNorm(
+            build, f"{where}.post_attention_layernorm", width, eps, stored_minus_one=True
+        )
+        self._pre_mlp = AddRMSNorm(build, f"{where}.pre_feedforward_layernorm", width, eps, stored_minus_one=True)
+        self._mlp = GatedMLP(
+            build,
+            f"{where}.mlp",
+            hidden_size=width,
+            inner_size=config.intermediate_size,
+            activation=config.hidden_act,
+        )
+        self._post_mlp = RMSNorm(build, f"{where}.post_feedforward_layernorm", width, eps, stored_minus_one=True)
+
+    def __call__(self, ctx: ForwardContext, residual_TD: torch.Tensor, cos_sin: _CosSin) -> torch.Tensor:
+        """The residual stream after this block."""
+        attended = self._attention(ctx, self._input_norm(residual_TD), cos_sin)
+        update_TD = self._post_attention(reduce(attended, self._mesh))
+        hidden_TD, residual_TD = self._pre_mlp(update_TD, residual_TD)
+        return residual_TD + self._post_mlp(reduce(self._mlp(ctx, hidden_TD), self._mesh))
+
+
+class Gemma3Model(DecoderModel):
+    """Embedding, blocks with two rotary bases, final norm, head."""
+
+    architectures = ("Gemma3ForCausalLM",)
+
+    def __init__(self, build: Build, config: DecoderConfig, settings: Mapping[str, Any]) -> None:
+        self.config = config
+        self._mesh = build.mesh
+        width = config.hidden_size
+        self._embedding = VocabEmbedding(build, "model.embed_tokens", config.vocab_size, width, scale=width**0.5)
+        local = RopeSpec(
+            float(settings.get("rope_local_base_freq") or 1e4), config.head_dim, config.max_position_embeddings
+        )
+        self._rotary = RotaryEmbedding(build, config.rope)
+        self._local_rotary = RotaryEmbedding(build, local)
+        scale = float(settings.get("query_pre_attn_scalar") or config.head_dim) ** -0.5
+        self._layers = [
+            Gemma3Layer(
+                build,
+                f"model.layers.{index}",
+                config,
+                window=window,
+                scale=scale,
+                soft_cap=float(settings.get("attn_logit_softcapping") or 0.0),
+                bias=bool(settings.get("attention_bias", False)),
+            )
+            for index, window in enumerate(layer_windows(settings, config.num_hidden_layers, period=6))
+        ]
+        self._norm = RMSNorm(build, "model.norm", width, config.rms_norm_eps, stored_minus_one=True)
+        self.head = make_head(build, config, soft_cap=float(settings.get("final_logit_softcapping") or 0.0))
+
+    @classmethod
+    def make(cls, build: Build, config: Mapping[str, Any]) -> Gemma3Model:
+        # Gemma ties its embeddings unless told otherwise, and says so by silence.
+        settings = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", **config}
+        settings["hidden_act"] = settings["hidden_activation"]
+        settings.setdefault("rope_theta", 1e6)
+        return cls(build, DecoderConfig.parse(settings), settings)
+
+    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+        residual_TD = reduce(self._embedding(token_ids_T), self._mesh)
+        everywhere, nearby = self._rotary.at(ctx.positions_T), self._local_rotary.at(ctx.positions_T)
+        for layer in self._layers:
+            residual_TD = layer(ctx, residual_TD, nearby if layer.slides else everywhere)
+        return self._norm(residual_TD)

@@ -1,0 +1,122 @@
+"""Llama and models of its shape (SmolLM2, TinyLlama): Touvron et al., 2023; rope scaling as in Llama 3.1.
+
+Shapes: T tokens, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lockstep.attention.backend import AttentionSpec
+from lockstep.layers.attention import SelfAttention
+from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.mlp import GatedMLP
+from lockstep.layers.norm import AddRMSNorm, RMSNorm
+from lockstep.layers.rope import RotaryEmbedding
+from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, make_head
+from lockstep.parallel.placement import Partial, reduce
+
+_CosSin = tuple[torch.Tensor, torch.Tensor]
+
+
+class LlamaLayer:
+    """Attention and feed-forward, each after its norm; the norm before each adds the update before it."""
+
+    def __init__(
+        self,
+        build: Build,
+        where: str,
+        config: DecoderConfig,
+        *,
+        first: bool,
+        window: int = 0,
+        qkv_bias: bool = False,
+        head_norms: bool = False,
+    ) -> None:
+        width, eps = config.hidden_size, config.rms_norm_eps
+        # The first block has no update to add: its norm is a plain one.
+        self._first_norm = RMSNorm(build, f"{where}.input_layernorm", width, eps) if first else None
+        self._input_norm = None if first else AddRMSNorm(build, f"{where}.input_layernorm", width, eps)
+        self._attention = SelfAttention(
+            build,
+            f"{where}.self_attn",
+            hidden_size=width,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            spec=AttentionSpec(scale=config.head_dim**-0.5, window=window),
+            qkv_bias=qkv_bias,
+            head_norm_eps=eps if head_norms else None,
+        )
+        self._post_norm = AddRMSNorm(build, f"{where}.post_attention_layernorm", width, eps)
+        self._mlp = GatedMLP(
+            build,
+            f"{where}.mlp",
+            hidden_size=width,
+            inner_size=config.intermediate_size,
+            activation=config.hidden_act,
+        )
+
+    def __call__(
+        self, ctx: ForwardContext, update: Partial | None, residual_TD: torch.Tensor, cos_sin: _CosSin
+    ) -> tuple[Partial, torch.Tensor]:
+        """The next update, still partial, and the residual stream [T, D] without it."""
+        if self._input_norm is None:
+            assert self._first_norm is not None
+            hidden_TD = self._first_norm(residual_TD)
+        else:
+            assert update is not None
+            hidden_TD, residual_TD = self._input_norm(update, residual_TD)
+        hidden_TD, residual_TD = self._post_norm(self._attention(ctx, hidden_TD, cos_sin), residual_TD)
+        return self._mlp(ctx, hidden_TD), residual_TD
+
+
+class LlamaModel(DecoderModel):
+    """Embedding, blocks, final norm, head."""
+
+    architectures = ("LlamaForCausalLM",)
+
+    def __init__(
+        self,
+        build: Build,
+        config: DecoderConfig,
+        *,
+        windows: tuple[int, ...] = (),
+        qkv_bias: bool = False,
+        head_norms: bool = False,
+    ) -> None:
+        self.config = config
+        self._mesh = build.mesh
+        self._embedding = VocabEmbedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self._rotary = RotaryEmbedding(build, config.rope)
+        self._layers = [
+            LlamaLayer(
+                build,
+                f"model.layers.{index}",
+                config,
+                first=index == 0,
+                window=windows[index] if windows else 0,
+                qkv_bias=qkv_bias,
+                head_norms=head_norms,
+            )
+            for index in range(config.num_hidden_layers)
+        ]
+        self._norm = AddRMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
+        self.head = make_head(build, config)
+
+    @classmethod
+    def make(cls, build: Build, config: Mapping[str, Any]) -> LlamaModel:
+        return cls(build, DecoderConfig.parse(config), qkv_bias=bool(config.get("attention_bias", False)))
+
+    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+        residual_TD = reduce(self._embedding(token_ids_T), self._mesh)
+        cos_sin = self._rotary.at(ctx.positions_T)
+        update: Partial | None = None
+        for layer in self._layers:
+            update, residual_TD = layer(ctx, update, residual_TD, cos_sin)
+        assert update is not None
+        return self._norm(update, residual_TD)[0]

@@ -1,0 +1,20 @@
+"""Generators shared by the operators' cases."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    """Values of a normal distribution, drawn in float32 so that every dtype sees the same numbers."""
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def strided(values: torch.Tensor) -> torch.Tensor:
+    """The same values with a row stride larger than the row, as slices of packed products have."""
+    wide = torch.zeros(*values.shape[:-1], values.shape[-1] + 8, dtype=values.dtype)
+    view = wide[..., : values.shape[-1]]
+    view.copy_(values)
+    return view

@@ -1,0 +1,94 @@
+"""What an operator means, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Signature = Mapping[str, Any]
+"""What is known of a call when a model is built: dtype, sizes, flags. Keys are the contract's `signature` names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument. `axes` names its dims, empty for plain numbers; `written` says that it is changed in place."""
+
+    name: str
+    axes: tuple[str, ...] = ()
+    written: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One generated call: positional arguments for the reference and every kernel, and the signature it has.
+
+    `make` builds fresh arguments from a seeded generator, so that writing kernels cannot spoil the next run.
+    """
+
+    name: str
+    signature: Signature
+    make: Callable[[torch.Generator], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest accepted error: `absolute + relative * |expected|`, elementwise, against float64 maths."""
+
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """One operator: its arguments, where it rounds, the calls it is tested with and how exact it must be.
+
+    `reference` is plain PyTorch. `mutants` are known-wrong versions; the tolerances must reject each one.
+    `tolerance` maps the dtype of the first result. An operator that returns nothing is judged by what it wrote.
+    """
+
+    name: str
+    summary: str
+    arguments: tuple[Argument, ...]
+    returns: tuple[str, ...]
+    rounding: str
+    signature: tuple[str, ...]
+    reference: Callable[..., Any]
+    cases: Callable[[], Iterable[Case]]
+    tolerance: Mapping[torch.dtype, Tolerance]
+    mutants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+def _accept(signature: Signature) -> str | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to compute an operator.
+
+    `provider` is its name among the operator's kernels ("reference", "torch", "onednn", "triton"...).
+    `platforms` empty means any. `features` must all be stated by the device. `refuses` looks at the whole
+    signature and answers None or the reason why not. `prepare` turns a constant weight into the form the
+    kernel reads, once, when a model is built.
+    """
+
+    op: str
+    provider: str
+    function: Callable[..., Any]
+    platforms: frozenset[str] = frozenset()
+    features: frozenset[str] = frozenset()
+    refuses: Callable[[Signature], str | None] = _accept
+    prepare: Callable[[torch.Tensor], Any] | None = None
+    verified_on: tuple[str, ...] = ()
+
+
+FLOAT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(1e-6, 4e-6),
+    torch.bfloat16: Tolerance(1e-6, 2**-8),
+    torch.float16: Tolerance(1e-6, 2**-10),
+}
+"""One rounding to the result's dtype after float32 maths: half a unit in the last place, doubled for the maths."""

@@ -1,0 +1,1 @@
+"""GeGLU: tanh-approximated gelu of the first half times the second half."""

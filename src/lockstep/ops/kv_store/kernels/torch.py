@@ -1,0 +1,18 @@
+"""index_copy along the slots."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.ops.contract import Kernel
+
+
+def kv_store(
+    k_TNH: torch.Tensor, v_TNH: torch.Tensor, k_NPSH: torch.Tensor, v_NPSH: torch.Tensor, slots_T: torch.Tensor
+) -> None:
+    """See the contract."""
+    k_NPSH.flatten(1, 2).index_copy_(1, slots_T, k_TNH.transpose(0, 1).to(k_NPSH.dtype))
+    v_NPSH.flatten(1, 2).index_copy_(1, slots_T, v_TNH.transpose(0, 1).to(v_NPSH.dtype))
+
+
+KERNELS = (Kernel(op="kv_store", provider="torch", function=kv_store, verified_on=("cpu",)),)

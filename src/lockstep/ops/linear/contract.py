@@ -1,0 +1,63 @@
+"""Contract of linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lockstep.ops.cases import DTYPES, normal
+from lockstep.ops.contract import Argument, Case, Contract, Tolerance
+from lockstep.ops.linear.reference import linear
+
+_SHAPES = ((1, 64, 96), (5, 576, 960), (17, 1536, 576), (300, 100, 33), (0, 64, 64))
+
+
+def _cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for rows, inputs, outputs in _SHAPES:
+            for has_bias in (False, True):
+
+                def make(
+                    g: torch.Generator,
+                    shape: tuple[int, int, int] = (rows, inputs, outputs),
+                    has_bias: bool = has_bias,
+                    dtype: torch.dtype = dtype,
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+                    rows, inputs, outputs = shape
+                    weight = normal(g, outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+                    bias = normal(g, outputs, dtype=dtype) if has_bias else None
+                    return normal(g, rows, inputs, dtype=dtype), weight, bias
+
+                yield Case(
+                    f"{dtype} {rows}x{inputs}x{outputs}{' bias' if has_bias else ''}",
+                    {"dtype": dtype, "inputs": inputs, "outputs": outputs, "bias": has_bias},
+                    make,
+                )
+
+
+def _one_input_short(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return linear(x[:, :-1], weight[:, :-1], bias)
+
+
+def _bias_twice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return linear(x, weight, bias if bias is None else 2 * bias)
+
+
+CONTRACT = Contract(
+    name="linear",
+    summary="x @ weight^T + bias",
+    arguments=(
+        Argument("x", ("row", "input")),
+        Argument("weight", ("output", "input"), note="constant; a kernel may prepare its own form"),
+        Argument("bias", ("output",), note="optional"),
+    ),
+    returns=("out[row, output]",),
+    rounding="sums in float32 or wider, one rounding to the dtype of x",
+    signature=("dtype", "inputs", "outputs", "bias"),
+    reference=linear,
+    cases=_cases,
+    # The absolute part covers sums of up to 1536 products of order 1/sqrt(inputs), in any order.
+    tolerance={torch.float32: Tolerance(4e-6, 4e-6), torch.bfloat16: Tolerance(1e-4, 2**-8)},
+    mutants={"one input short": _one_input_short, "bias added twice": _bias_twice},
+)

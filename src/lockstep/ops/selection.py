@@ -1,0 +1,116 @@
+"""Which kernel a call site gets: decided once, when a model is built, and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import KernelError, nearest
+from lockstep.ops.contract import Contract, Kernel, Signature
+from lockstep.ops.registry import contracts, kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """A kernel bound to a call site, why it was, and why each better-placed one was refused."""
+
+    op: str
+    where: str
+    kernel: Kernel
+    why: str
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What the call site calls."""
+        return self.kernel.function
+
+
+class KernelSelector:
+    """Binds operators to kernels for one device and remembers every decision.
+
+    `preference` orders providers, best first. `forced` maps an operator, or "*", to a provider. `strict`
+    makes a fallback (a preferred kernel that exists for this platform but refuses) an error.
+    """
+
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        preference: tuple[str, ...],
+        *,
+        forced: Mapping[str, str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self._capabilities = capabilities
+        self._preference = preference if "reference" in preference else (*preference, "reference")
+        self._forced = dict(forced or {})
+        self._strict = strict
+        self.bindings: list[Binding] = []
+        self._check_forced()
+
+    def bind(self, op: str, where: str, signature: Signature) -> Binding:
+        """The kernel for this call site. Raises KernelError when none accepts, or a forced one refuses."""
+        contract = contracts().get(op)
+        if contract is None:
+            raise KernelError(f"unknown operator {op!r}{nearest(op, contracts())}")
+        _check_signature(contract, signature)
+        provider = self._forced.get(op) or self._forced.get("*")
+        if provider is not None:
+            binding = self._bind_forced(op, where, signature, provider, required=op in self._forced)
+        else:
+            binding = self._bind_preferred(op, where, signature)
+        self.bindings.append(binding)
+        return binding
+
+    def _bind_forced(self, op: str, where: str, signature: Signature, provider: str, *, required: bool) -> Binding:
+        for kernel in kernels(op):
+            if kernel.provider == provider:
+                reason = self._refusal(kernel, signature)
+                if reason is None:
+                    return Binding(op, where, kernel, f"forced by --force-kernel {op}={provider}")
+                raise KernelError(f"--force-kernel {op}={provider} cannot serve {where}: {reason}")
+        if required:
+            names = [kernel.provider for kernel in kernels(op)]
+            raise KernelError(f"operator {op!r} has no kernel {provider!r} (it has {', '.join(names)})")
+        return self._bind_preferred(op, where, signature)
+
+    def _bind_preferred(self, op: str, where: str, signature: Signature) -> Binding:
+        by_provider = {kernel.provider: kernel for kernel in kernels(op)}
+        refused: list[tuple[str, str]] = []
+        for provider in self._preference:
+            kernel = by_provider.get(provider)
+            if kernel is None:
+                continue
+            reason = self._refusal(kernel, signature)
+            if reason is None:
+                why = "first in this platform's preference" if not refused else "first that accepts"
+                return Binding(op, where, kernel, why, tuple(refused))
+            if self._strict:
+                raise KernelError(f"--strict-kernels: {op}.{provider} refuses {where}: {reason}")
+            refused.append((provider, reason))
+        reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused)
+        raise KernelError(f"no kernel of {op!r} can serve {where} ({reasons})")
+
+    def _refusal(self, kernel: Kernel, signature: Signature) -> str | None:
+        if kernel.platforms and self._capabilities.platform not in kernel.platforms:
+            return f"made for {', '.join(sorted(kernel.platforms))}, not {self._capabilities.platform}"
+        missing = [feature for feature in sorted(kernel.features) if not self._capabilities.has(feature)]
+        if missing:
+            return f"the device lacks {', '.join(missing)}"
+        return kernel.refuses(signature)
+
+    def _check_forced(self) -> None:
+        for op in self._forced:
+            if op != "*" and op not in contracts():
+                raise KernelError(f"--force-kernel names unknown operator {op!r}{nearest(op, contracts())}")
+
+
+def _check_signature(contract: Contract, signature: Signature) -> None:
+    for key in signature:
+        if key not in contract.signature:
+            raise KernelError(f"operator {contract.name!r} has no signature entry {key!r}{nearest(key, contract.signature)}")
+    missing = [key for key in contract.signature if key not in signature]
+    if missing:
+        raise KernelError(f"operator {contract.name!r} was bound without {', '.join(missing)}")

@@ -1,0 +1,1 @@
+"""SwiGLU: silu of the first half times the second half."""

@@ -1,0 +1,115 @@
+"""The mesh: ranks arranged along named axes, and a group with collectives for each axis or product of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from lockstep.core.errors import PlacementError, nearest
+
+Axis = str | tuple[str, ...]
+"""An axis name, or several: the product of those axes."""
+
+AXES = ("dp", "pp", "ep", "attn_dp", "tp", "ulysses", "ring", "cfg")
+
+
+class Group(Protocol):
+    """Ranks that communicate. `rank` counts within the group."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the group, the same bits on every rank. May write into `tensor`."""
+        ...
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Concatenate every rank's tensor (all of one shape) along `dim`, by rank."""
+        ...
+
+
+class SoloGroup:
+    """One rank: nothing to exchange."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return tensor
+
+
+class ShapeGroup:
+    """A group with no other members, for building models with no devices: shapes are right, values mean nothing."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat([tensor] * self.size, dim)
+
+
+class TorchGroup:
+    """Ranks of a torch.distributed process group."""
+
+    def __init__(self, process_group: torch.distributed.ProcessGroup) -> None:
+        self._process_group = process_group
+        self.rank = process_group.rank()
+        self.size = process_group.size()
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(tensor, group=self._process_group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, tensor.contiguous(), group=self._process_group)
+        return torch.cat(parts, dim)
+
+
+class Mesh:
+    """Named axes and this rank's place on each. An axis that was not given has size 1."""
+
+    def __init__(self, groups: Mapping[Axis, Group] | None = None) -> None:
+        self._groups: dict[Axis, Group] = dict(groups or {})
+        self._solo = SoloGroup()
+
+    @classmethod
+    def solo(cls) -> Mesh:
+        """One rank: every axis has size 1."""
+        return cls()
+
+    @classmethod
+    def shapes_only(cls, axis: str, *, rank: int, size: int) -> Mesh:
+        """A mesh with no other ranks behind it, for building with no devices."""
+        return cls({axis: ShapeGroup(rank, size)})
+
+    def group(self, axis: Axis) -> Group:
+        """The group along an axis. Raises PlacementError for a name that is no axis."""
+        found = self._groups.get(axis)
+        if found is not None:
+            return found
+        names = axis if isinstance(axis, tuple) else (axis,)
+        for name in names:
+            if name not in AXES:
+                raise PlacementError(f"unknown mesh axis {name!r}{nearest(name, AXES)}")
+        large = [name for name in names if name in self._groups and self._groups[name].size > 1]
+        if len(large) > 1:
+            raise PlacementError(f"no group was made for the product of axes {tuple(large)}")
+        return self._groups[large[0]] if large else self._solo
+
+    def size(self, axis: Axis) -> int:
+        """Ranks along an axis."""
+        return self.group(axis).size
+
+    def rank(self, axis: Axis) -> int:
+        """This rank's place along an axis."""
+        return self.group(axis).rank

@@ -1,0 +1,112 @@
+"""Processors: stock PyTorch operators, oneDNN's packed products where the processor has them."""
+
+from __future__ import annotations
+
+import os
+import platform as machine
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lockstep.core.capabilities import Capabilities
+from lockstep.platforms.base import MemoryFacts, Platform
+
+if TYPE_CHECKING:
+    import torch
+
+_FEATURE_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: the affinity mask, cut by a cgroup CPU quota."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+@cache
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    """Name and instruction-set flags, from the kernel; empty where it does not tell."""
+    name, flags = machine.processor() or machine.machine(), frozenset[str]()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = frozenset(value.split())
+                break
+    except OSError:
+        pass
+    return name, frozenset(flag for flag in _FEATURE_FLAGS if flag in flags)
+
+
+def _memory_limit_bytes() -> int | None:
+    """The cgroup's memory limit, if one is set."""
+    try:
+        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return None
+    return None if text == "max" else int(text)
+
+
+class CpuPlatform(Platform):
+    """The host processor. Always available."""
+
+    name = "cpu"
+    device_type = "cpu"
+    kernel_preference = ("onednn", "torch", "reference")
+    attention_preference = ("torch",)
+
+    def unavailable_reason(self) -> str | None:
+        return None
+
+    def capabilities(self) -> Capabilities:
+        name, features = _cpuinfo()
+        fast_bf16 = bool(features & {"avx512_bf16", "amx_bf16", "bf16"})
+        return Capabilities(
+            platform=self.name,
+            device_type=self.device_type,
+            device_name=name,
+            memory_bytes=self.memory().total_bytes,
+            fast_dtypes=("bfloat16", "float32") if fast_bf16 else ("float32",),
+            features=features,
+            collective_backend="gloo",
+            num_threads=usable_cores(),
+        )
+
+    def memory(self, index: int = 0) -> MemoryFacts:
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        total = page_bytes * os.sysconf("SC_PHYS_PAGES")
+        available = page_bytes * os.sysconf("SC_AVPHYS_PAGES")
+        try:
+            for line in Path("/proc/meminfo").read_text().splitlines():
+                if line.startswith("MemAvailable:"):
+                    available = int(line.split()[1]) * 1024
+        except (OSError, ValueError):
+            pass
+        limit = _memory_limit_bytes()
+        if limit is not None:
+            total, available = min(total, limit), min(available, limit)
+        return MemoryFacts(total, available)
+
+    def device(self, index: int = 0) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def synchronize(self) -> None:
+        """Operators on the host have run when they return."""
+
+    def set_num_threads(self, num_threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
