@@ -6,6 +6,7 @@ Shapes: T rows of the step, R rows that sample, D model, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -92,28 +93,32 @@ class ModelRunner:
         for piece, first_row in zip(plan.slices, inputs.first_rows, strict=True):
             state = self._sequences[piece.seq_id]
             rows_TD = hidden_TD[first_row : first_row + piece.num_tokens]
-            results[piece.seq_id] = SequenceResult(piece.seq_id)
-            if state.wants_prompt_logprobs:
-                self._score_prompt(state, piece, rows_TD)
+            scores = self._score_prompt(state, piece, rows_TD)
+            results[piece.seq_id] = SequenceResult(piece.seq_id, prompt_logprobs=scores)
             if state.error is not None:
                 results[piece.seq_id] = SequenceResult(piece.seq_id, error=state.error)
             elif state.pooling is not None:
                 results[piece.seq_id] = _pool_rows(state, piece, rows_TD)
             elif piece.samples:
                 sampling.append((state, first_row + piece.num_tokens - 1))
-        if sampling:
-            results.update(self._sample(sampling, hidden_TD))
+        for result in self._sample(sampling, hidden_TD) if sampling else ():
+            scores = results[result.seq_id].prompt_logprobs
+            results[result.seq_id] = replace(result, prompt_logprobs=scores) if scores else result
         return StepResult(plan.step_id, tuple(results[piece.seq_id] for piece in plan.slices))
 
-    def _score_prompt(self, state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -> None:
+    def _score_prompt(
+        self, state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor
+    ) -> tuple[TokenLogprob, ...]:
+        num_top = state.params.prompt_logprobs
         end = min(piece.start + piece.num_tokens, state.num_prompt_tokens - 1)
+        if num_top is None or end <= piece.start:
+            return ()
         next_token_ids = state.token_ids[piece.start + 1 : end + 1]
-        num_top = state.params.prompt_logprobs or 0
-        state.prompt_logprobs += prompt_logprobs(rows_TD, self._model.logits, next_token_ids, num_top)
+        return prompt_logprobs(rows_TD, self._model.logits, next_token_ids, num_top)
 
     def _sample(
         self, sampling: list[tuple[SequenceState, int]], hidden_TD: torch.Tensor
-    ) -> dict[int, SequenceResult]:
+    ) -> list[SequenceResult]:
         states = [state for state, _ in sampling]
         rows = [row for _, row in sampling]
         whole = len(rows) == hidden_TD.shape[0]
@@ -127,21 +132,20 @@ class ModelRunner:
             chosen = [choices[row].token_id for row in scored]
             num_top = [states[row].params.logprobs or 0 for row in scored]
             logprobs = dict(zip(scored, token_logprobs(untouched_RV, chosen, num_top), strict=True))
-        results = {}
+        results = []
         for row, (state, choice) in enumerate(zip(states, choices, strict=True)):
             if choice.error is not None:
-                results[state.seq_id] = SequenceResult(state.seq_id, error=choice.error)
+                results.append(SequenceResult(state.seq_id, error=choice.error))
                 continue
             state.append(choice.token_id)
-            prompt, state.prompt_logprobs = tuple(state.prompt_logprobs), []
-            results[state.seq_id] = SequenceResult(
-                state.seq_id,
-                token_ids=(choice.token_id,),
-                logprobs=(logprobs[row],) if row in logprobs else (),
-                prompt_logprobs=prompt,
-                complete=any([hook.accept(state.seq_id, choice.token_id) for hook in self._hooks]),
+            results.append(
+                SequenceResult(
+                    state.seq_id,
+                    token_ids=(choice.token_id,),
+                    logprobs=(logprobs[row],) if row in logprobs else (),
+                    complete=any([hook.accept(state.seq_id, choice.token_id) for hook in self._hooks]),
+                )
             )
-            state.wants_prompt_logprobs = False
         return results
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from lockstep.core.request import Pooling
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceStart, StepPlan, TokenLogprob
+from lockstep.core.step import SequenceStart, StepPlan
 
 
 @dataclass
@@ -23,15 +23,12 @@ class SequenceState:
     page_ids: list[int]
     pooling: Pooling | None
     generated_counts: Counter[int]
-    wants_prompt_logprobs: bool
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     hidden_sum_D: torch.Tensor | None = None
     error: str | None = None
 
     @classmethod
     def begin(cls, start: SequenceStart) -> SequenceState:
-        """A sequence as it enters. Prompt log-probabilities were already sent if it generated before."""
-        generated = start.token_ids[start.num_prompt_tokens :]
+        """A sequence as it enters, for the first time or after a preemption."""
         return cls(
             seq_id=start.seq_id,
             params=start.params,
@@ -39,8 +36,7 @@ class SequenceState:
             num_prompt_tokens=start.num_prompt_tokens,
             page_ids=list(start.page_ids),
             pooling=start.pooling,
-            generated_counts=Counter(generated),
-            wants_prompt_logprobs=start.params.prompt_logprobs is not None and not generated,
+            generated_counts=Counter(start.token_ids[start.num_prompt_tokens :]),
         )
 
     @property

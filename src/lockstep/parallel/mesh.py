@@ -58,7 +58,7 @@ class ShapeGroup:
 
 
 class TorchGroup:
-    """Ranks of a torch.distributed process group."""
+    """Ranks of one torch process group, called directly: torch's global default group is not used."""
 
     def __init__(self, process_group: torch.distributed.ProcessGroup) -> None:
         self._process_group = process_group
@@ -66,12 +66,12 @@ class TorchGroup:
         self.size = process_group.size()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(tensor, group=self._process_group)
+        self._process_group.allreduce([tensor]).wait()
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, tensor.contiguous(), group=self._process_group)
+        self._process_group.allgather([parts], [tensor.contiguous()]).wait()
         return torch.cat(parts, dim)
 
 

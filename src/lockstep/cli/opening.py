@@ -1,0 +1,51 @@
+"""Opening a model, with a progress bar when somebody is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lockstep.config import Given
+
+if TYPE_CHECKING:
+    from lockstep.engine.llm import LLM
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, how much is done, how much there is)."""
+
+
+@contextmanager
+def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
+    """An engine in this process, closed at the end."""
+    from lockstep.engine.llm import LLM
+
+    with loading_bar() as progress:
+        llm = LLM(progress=progress, **options)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+@contextmanager
+def loading_bar() -> Iterator[Progress | None]:
+    """A callback that draws a bar on stderr, gone when done; None when stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("[dim]{task.description}"), BarColumn(bar_width=32), TaskProgressColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report

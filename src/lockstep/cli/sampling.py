@@ -1,0 +1,87 @@
+"""Options that say how an answer is sampled, shared by `run` and `chat`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lockstep.cli.options import Command, section
+from lockstep.core.sampling import Grammar, GrammarKind, SamplingParams
+
+_GRAMMARS: dict[str, GrammarKind] = {"json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf"}
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Command], Command]:
+    """Adds the sampling options; the command receives `params`. The arguments are the command's defaults."""
+    option = section("Sampling")
+    declared = [
+        option(
+            "--max-tokens",
+            type=int,
+            default=max_tokens,
+            metavar="N",
+            help=f"Most tokens to generate.  [{max_tokens}]",
+        ),
+        option(
+            "--temperature",
+            type=float,
+            default=temperature,
+            metavar="X",
+            help=f"0 always takes the likeliest token; 1 is the model's own spread.  [{temperature:g}]",
+        ),
+        option(
+            "--top-p", type=float, default=1.0, metavar="X", help="Keep the likeliest tokens up to this mass."
+        ),
+        option("--top-k", type=int, default=0, metavar="N", help="Keep the N likeliest tokens."),
+        option(
+            "--min-p",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="Drop tokens less likely than X times the likeliest.",
+        ),
+        option("--seed", type=int, default=None, metavar="N", help="The same seed draws the same answer."),
+        option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. May be repeated."),
+        option("--json-schema", type=_FILE, metavar="FILE", help="Answer with JSON valid under this schema."),
+        option("--regex", metavar="PATTERN", help="Answer with text that matches this regular expression."),
+        option(
+            "--ebnf", type=_FILE, metavar="FILE", help="Answer in the language of this grammar (GBNF or Lark)."
+        ),
+    ]
+
+    def decorate(function: Command) -> Command:
+        @functools.wraps(function)
+        def collect(**values: Any) -> Any:
+            grammar = _grammar({kind: values.pop(kind) for kind in _GRAMMARS})
+            params = SamplingParams(
+                grammar=grammar,
+                stop=tuple(values.pop("stop")),
+                **{name: values.pop(name) for name in _PLAIN},
+            )
+            return function(params=params, **values)
+
+        command: Command = collect
+        for add in reversed(declared):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+_PLAIN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+
+
+def _grammar(written: dict[str, str | Path | None]) -> Grammar | None:
+    given = {name: value for name, value in written.items() if value is not None}
+    if len(given) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        raise click.UsageError(f"{flags} exclude each other: an answer follows one grammar")
+    for name, value in given.items():
+        source = value.read_text(encoding="utf-8") if isinstance(value, Path) else value
+        return Grammar(_GRAMMARS[name], source)
+    return None

@@ -1,0 +1,84 @@
+"""What must hold between decided values and facts. Each check is pure; it raises ConfigError or OutOfMemory."""
+
+from __future__ import annotations
+
+from lockstep.config.memory import SMALLEST_POOL_TOKENS
+from lockstep.config.rules import Situation
+from lockstep.core.errors import ConfigError
+
+
+def _known_axes(at: Situation) -> None:
+    if at.decided["ep"] != 1:
+        raise ConfigError(
+            f"--ep {at.decided['ep']}: only mixture-of-experts models use it, and none is supported yet"
+        )
+    if at.decided["enable_dp_attention"]:
+        raise ConfigError(
+            "--enable-dp-attention: only mixture-of-experts models use it, and none is supported yet"
+        )
+
+
+def _tp_cuts_heads(at: Situation) -> None:
+    tp, valid = at.decided["tp"], at.model.valid_tp()
+    if tp not in valid:
+        raise ConfigError(
+            f"--tp {tp} cannot cut {at.model.num_heads} query heads and {at.model.num_kv_heads} KV heads "
+            f"evenly; {at.model.name} takes --tp {_either(valid)}"
+        )
+
+
+def _enough_devices(at: Situation) -> None:
+    present = at.device.num_devices
+    if at.on_accelerator and at.num_ranks > present:
+        raise ConfigError(
+            f"--tp {at.decided['tp']} with --dp {at.decided['dp']} needs {at.num_ranks} devices, but "
+            f"{at.device.platform} has {present}; lower them"
+        )
+
+
+def _device_as_asked(at: Situation) -> None:
+    if at.decided["device"] != at.device.platform:
+        raise ConfigError(f"--device {at.decided['device']} was asked for, but {at.device.platform} was opened")
+
+
+def _context_within_model(at: Situation) -> None:
+    asked, trained = at.decided["context_length"], at.model.context_length
+    if asked > trained:
+        raise ConfigError(
+            f"--context-length {asked} is more than {at.model.name} was trained for ({trained}); lower it"
+        )
+
+
+def _pool_holds_a_page(at: Situation) -> None:
+    tokens, page_size = at.decided["max_total_tokens"], at.decided["page_size"]
+    if tokens is not None and tokens < page_size:
+        raise ConfigError(f"--max-total-tokens {tokens} is less than one page (--page-size {page_size})")
+
+
+def _pool_fits(at: Situation) -> None:
+    at.memory_plan().require(at.decided["max_total_tokens"] or SMALLEST_POOL_TOKENS)
+
+
+def _forced_kernels_are_pairs(at: Situation) -> None:
+    for pair in at.decided["force_kernel"]:
+        op, equals, kernel = pair.partition("=")
+        if not (op and equals and kernel):
+            raise ConfigError(f"--force-kernel takes OP=KERNEL, such as rms_norm=reference, not {pair!r}")
+
+
+CHECKS = (
+    _device_as_asked,
+    _known_axes,
+    _tp_cuts_heads,
+    _enough_devices,
+    _context_within_model,
+    _pool_holds_a_page,
+    _pool_fits,
+    _forced_kernels_are_pairs,
+)
+
+
+def _either(values: tuple[int, ...]) -> str:
+    return " or ".join(
+        [", ".join(map(str, values[:-1])), str(values[-1])] if len(values) > 1 else map(str, values)
+    )

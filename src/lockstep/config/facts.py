@@ -1,0 +1,49 @@
+"""What the resolver must know of a model, as numbers. The engine fills it from the model's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Shape and size of one model.
+
+    `weight_bytes` is the size as stored. `stored_dtype` is the storage type of most weights, in torch's word
+    ("bfloat16") or, for block formats, the format's ("q4_1").
+    """
+
+    name: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    num_parameters: int
+    weight_bytes: int
+    stored_dtype: str
+
+    def held_weight_bytes(self, dtype: str) -> int:
+        """Bytes of all weights once expanded to `dtype`."""
+        return self.num_parameters * DTYPE_BYTES[dtype]
+
+    def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
+        """Bytes of keys and values that one rank of `tp` keeps for one token, all layers together.
+
+        With more ranks than KV heads, each rank holds one head, so that some heads are kept more than once.
+        """
+        heads = max(1, self.num_kv_heads // tp)
+        return 2 * self.num_layers * heads * self.head_dim * DTYPE_BYTES[dtype]
+
+    def valid_tp(self) -> tuple[int, ...]:
+        """Tensor parallel sizes that cut query heads evenly and cut or replicate KV heads evenly."""
+        return tuple(
+            tp
+            for tp in range(1, self.num_heads + 1)
+            if self.num_heads % tp == 0 and (self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0)
+        )

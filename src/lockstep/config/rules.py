@@ -1,0 +1,180 @@
+"""How each "auto" becomes concrete: one pure function per option, named like the option.
+
+A rule sees the facts and what was decided before it (options are decided in the order of their declaration) and
+returns the value, who decided it and why. Its docstring is the text of the reference page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.config.facts import ModelFacts
+from lockstep.config.given import Source
+from lockstep.config.memory import SMALLEST_POOL_TOKENS, MemoryPlan
+from lockstep.core.capabilities import Capabilities
+
+HOST_CONTEXT_LENGTH = 32_768
+HOST_POOL_TOKENS = 65_536
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a rule may look at: facts, and the values decided so far.
+
+    `available_bytes` is the memory of one device that this process may still take, 0 when unknown.
+    """
+
+    model: ModelFacts
+    device: Capabilities
+    available_bytes: int
+    decided: Mapping[str, Any]
+
+    @property
+    def on_accelerator(self) -> bool:
+        """True for a device with memory and a queue of its own; false when the host itself computes."""
+        return self.device.has_streams
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.decided["tp"] * self.decided["dp"])
+
+    def memory_plan(self) -> MemoryPlan:
+        """What weights leave for the KV pool, once everything that it depends on is decided."""
+        return MemoryPlan.of(
+            self.model,
+            self.decided,
+            available_bytes=self.available_bytes,
+            ranks_share_memory=not self.on_accelerator,
+        )
+
+    def by_device(self, *, host: Any, accelerator: Any, unit: str = "") -> Choice:
+        """A default that was tuned for each of the two kinds of device."""
+        kind = "an accelerator" if self.on_accelerator else "a host processor"
+        return Choice(accelerator if self.on_accelerator else host, "device", f"usual for {kind}{unit}")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A value with the one who decided it and the reason, a short clause."""
+
+    value: Any
+    source: Source
+    why: str
+
+
+def _served_model_name(at: Situation) -> Choice:
+    """The model's own name."""
+    return Choice(at.model.name, "model", "the model's own name")
+
+
+def _dtype(at: Situation) -> Choice:
+    """The stored type where the device computes it at full speed, else the device's fastest type."""
+    stored, fast = at.model.stored_dtype, at.device.fast_dtypes
+    if stored in fast:
+        return Choice(stored, "model", "as stored, and fast on this device")
+    return Choice(fast[0], "device", f"stored as {stored}; {fast[0]} is fastest on this device")
+
+
+def _quantization(at: Situation) -> Choice:
+    """`none`."""
+    return Choice("none", "derived", f"weights are expanded to {at.decided['dtype']} while loading")
+
+
+def _context_length(at: Situation) -> Choice:
+    """What the model was trained for; on a host processor at most 32768."""
+    trained = at.model.context_length
+    if at.on_accelerator or trained <= HOST_CONTEXT_LENGTH:
+        return Choice(trained, "model", "what the model was trained for")
+    return Choice(HOST_CONTEXT_LENGTH, "device", f"the model allows {trained}; bounded on a host processor")
+
+
+def _device(at: Situation) -> Choice:
+    """The best platform that is present."""
+    return Choice(at.device.platform, "device", f"the best platform present: {at.device.device_name}")
+
+
+def _threads(at: Situation) -> Choice:
+    """The threads of the machine, shared among the ranks."""
+    threads = max(1, at.device.num_threads // at.num_ranks)
+    return Choice(threads, "device", f"{at.device.num_threads} on this machine, {at.num_ranks} rank(s)")
+
+
+def _kv_cache_dtype(at: Situation) -> Choice:
+    """The type of the model; on a host processor without fast bfloat16 attention float32."""
+    # Stock attention over bfloat16 keys with one query per sequence takes about four times as long as over
+    # float32 on processors that lack the instructions.
+    if at.on_accelerator or at.device.has("fast_bf16_attention"):
+        return Choice(at.decided["dtype"], "derived", "as --dtype")
+    return Choice("float32", "device", "attention over float32 is fastest on this processor")
+
+
+def _page_size(at: Situation) -> Choice:
+    """16."""
+    return Choice(PAGE_SIZE, "derived", "small enough to share short prefixes, large enough to read in bulk")
+
+
+def _mem_fraction_static(at: Situation) -> Choice:
+    """0.8 on a host processor, 0.88 on an accelerator."""
+    return at.by_device(host=0.8, accelerator=0.88, unit="; the rest is workspace")
+
+
+def _max_total_tokens(at: Situation) -> Choice:
+    """On a host processor what fits in `--mem-fraction-static`, at most the larger of the context length and
+    65536; on an accelerator measured after the weights are loaded."""
+    if at.on_accelerator:
+        return Choice(None, "device", "measured once the weights are loaded")
+    bound = max(at.decided["context_length"], HOST_POOL_TOKENS)
+    plan = at.memory_plan()
+    if plan.allowed_bytes is None or plan.pool_tokens >= bound:
+        return Choice(_whole_pages(bound, at), "derived", "enough for many requests; the rest is left free")
+    # A pool below the smallest is refused later, with a text that says what is missing.
+    return Choice(_whole_pages(max(plan.pool_tokens, SMALLEST_POOL_TOKENS), at), "device", plan.summary)
+
+
+def _max_running_requests(at: Situation) -> Choice:
+    """64 on a host processor, 256 on an accelerator."""
+    return at.by_device(host=64, accelerator=256)
+
+
+def _chunked_prefill_size(at: Situation) -> Choice:
+    """512 on a host processor, 8192 on an accelerator."""
+    return at.by_device(host=512, accelerator=8192)
+
+
+def _attention_backend(at: Situation) -> Choice:
+    """The first of the platform's preferences that can serve the model; `lockstep ops explain` names it."""
+    return Choice(None, "device", "the platform's first that can serve the model")
+
+
+def _graphs(at: Situation) -> Choice:
+    """`off`."""
+    return Choice("off", "derived", "every step is eager")
+
+
+def _whole_pages(num_tokens: int, at: Situation) -> int:
+    page_size: int = at.decided["page_size"]
+    return max(1, num_tokens // page_size) * page_size
+
+
+RULES: dict[str, Callable[[Situation], Choice]] = {
+    rule.__name__.removeprefix("_"): rule
+    for rule in (
+        _served_model_name,
+        _dtype,
+        _quantization,
+        _context_length,
+        _device,
+        _threads,
+        _kv_cache_dtype,
+        _page_size,
+        _mem_fraction_static,
+        _max_total_tokens,
+        _max_running_requests,
+        _chunked_prefill_size,
+        _attention_backend,
+        _graphs,
+    )
+}

@@ -1,0 +1,286 @@
+"""From requests to steps: StepPlan out, StepResult in, SequenceEvents out.
+
+One rule covers prompts, chunks, decode and recompute: a sequence owes the tokens that it knows but has not
+computed, and a step computes some of what is owed.
+
+Plans and results alternate strictly; requests may come and be aborted at any time between them. To have one
+plan in flight while the next is made, four things would change: `num_computed` would advance when a slice is
+planned; the token that a slice in flight will find would be owed as a placeholder, which the executor fills; a
+sequence that turns out to have ended one step later would have its surplus row dropped; and pages released
+meanwhile would rest until the plan in flight, which may still write to them, has landed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from lockstep.core.errors import IntegrityError
+from lockstep.core.output import EngineStats
+from lockstep.core.request import FinishReason, Request
+from lockstep.core.step import SequenceEvent, SequenceResult, StepPlan, StepResult, TokenSlice
+from lockstep.kv.index.page_index import PageIndex
+from lockstep.scheduler.admission import Admission
+from lockstep.scheduler.batch import Batch
+from lockstep.scheduler.finishing import new_prompt_logprobs, take_tokens
+from lockstep.scheduler.intake import expand, validate
+from lockstep.scheduler.limits import SchedulerLimits
+from lockstep.scheduler.roster import Roster
+from lockstep.scheduler.sequence import Sequence
+from lockstep.scheduler.totals import Totals
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A plan whose result is awaited, with the sequence of each slice."""
+
+    plan: StepPlan
+    sequences: list[Sequence]
+
+
+class Scheduler:
+    """Decides each step. Deterministic: the same calls give the same plans.
+
+    Each running sequence gets at least one row of every step, so a long prompt delays nobody's decode by more
+    than one chunk. Nothing overtakes the first of the queue.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self._pages = PageIndex(
+            limits.num_pages, limits.page_size, enable_prefix_cache=limits.enable_prefix_cache
+        )
+        self._roster = Roster(limits, self._pages)
+        self._admission = Admission(limits, self._pages)
+        self._totals = Totals()
+        self._num_sequences = 0
+        self._in_flight: _InFlight | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `plan` would return a plan, once the one in flight has its result."""
+        return self._roster.num_requests > 0
+
+    @property
+    def num_running(self) -> int:
+        """Running sequences."""
+        return len(self._roster.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait: new, preempted, or behind the first choice of their request."""
+        return self._roster.num_waiting
+
+    def add(self, request: Request) -> None:
+        """Queues the request's `params.n` sequences; the i-th has seed (seed + i) mod 2**64.
+
+        Raises InvalidRequest when the request can never run and QueueFull when it may be tried again later.
+        """
+        validate(request, self.limits)
+        self._roster.require_room(request.request_id)
+        self._roster.enqueue(expand(request, self._num_sequences, self.limits))
+        self._num_sequences += request.params.n
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> list[SequenceEvent]:
+        """Ends a request at once and frees its pages; a final event for each unfinished index.
+
+        Unknown ids, finished ones among them, give no events. Results still on their way are ignored.
+        """
+        group = self._roster.group(request_id)
+        if group is None:
+            return []
+        return [self._end(sequence, reason) for sequence in list(group.unfinished.values())]
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute.
+
+        Sequences that ended since the last plan are named in the next one; they alone are no reason for a plan.
+        Raises IntegrityError while the result of the previous plan is awaited.
+        """
+        if self._in_flight is not None:
+            step_id = self._in_flight.plan.step_id
+            raise IntegrityError(
+                f"step {step_id} is in flight: give its result to update() before the next plan()"
+            )
+        batch = Batch(self.limits.chunk_tokens)
+        preempted = self._continue_running(batch)
+        if not preempted:
+            self._admit_waiting(batch)
+        if not batch.sequences:
+            return None
+        plan = batch.plan(self._totals.num_steps, self._roster.take_departed())
+        self._totals.num_steps += 1
+        self._totals.last_step_tokens = self.limits.chunk_tokens - batch.rows_left
+        self._in_flight = _InFlight(plan, batch.sequences)
+        return plan
+
+    def update(self, result: StepResult) -> list[SequenceEvent]:
+        """Takes the result of the plan in flight and says what became of each sequence, in plan order.
+
+        Raises IntegrityError when the result does not answer that plan.
+        """
+        flight = self._land(result)
+        events = []
+        for sequence, piece, found in zip(flight.sequences, flight.plan.slices, result.sequences, strict=True):
+            if sequence.table is None:
+                continue  # aborted while the step ran
+            event = self._take(sequence, piece, found)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def flush_cache(self) -> int:
+        """Forgets every cached prefix that no running sequence uses; returns the number of pages freed."""
+        return self._pages.flush()
+
+    def stats(self) -> EngineStats:
+        """Figures of this moment, and totals. Times are the engine's to fill in."""
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_pages_total=self._pages.num_pages_total,
+            num_pages_in_use=self._pages.num_pages_in_use,
+            num_pages_cached=self._pages.num_pages_cached,
+            page_size=self.limits.page_size,
+            **asdict(self._totals),
+        )
+
+    def check(self) -> None:
+        """Raises IntegrityError when pages, locks, places or counts contradict each other. For tests: slow."""
+        self._roster.check()
+
+    def _continue_running(self, batch: Batch) -> bool:
+        """Plans rows of every running sequence, best rank first; returns whether one was preempted for pages.
+
+        The preempted one is the worst, so never one that is already planned; when it is the needy one itself,
+        it was the last.
+        """
+        running = self._roster.running
+        preempted = False
+        position = 0
+        while position < len(running):
+            sequence = running[position]
+            table = sequence.table
+            assert table is not None
+            one_row_for_each_after = len(running) - position - 1
+            num_rows = min(sequence.num_owed, batch.rows_left - one_row_for_each_after)
+            num_tokens = sequence.num_computed + num_rows
+            new_page_ids: tuple[int, ...] | None = ()
+            if num_tokens > table.num_slots:
+                new_page_ids = self._pages.grow(table, num_tokens)
+            if new_page_ids is None:
+                self._roster.preempt_worst()
+                self._totals.num_preemptions += 1
+                preempted = True
+                continue
+            batch.add(sequence, num_rows, new_page_ids)
+            position += 1
+        return preempted
+
+    def _admit_waiting(self, batch: Batch) -> None:
+        """Starts sequences from the front of the queue while rows, places and pages last."""
+        waiting = self._roster.waiting
+        while len(waiting) and batch.rows_left:
+            sequence = waiting[0]
+            entry = self._admission.admit(sequence, self.num_running)
+            if entry is None:
+                return
+            if sequence.is_new:
+                self._totals.count_admission(sequence)
+            self._roster.start_first()
+            start, new_page_ids = entry
+            batch.start(start)
+            batch.add(sequence, min(sequence.num_owed, batch.rows_left), new_page_ids)
+
+    def _land(self, result: StepResult) -> _InFlight:
+        """The plan that `result` answers, no longer in flight."""
+        flight = self._in_flight
+        if flight is None:
+            raise IntegrityError(f"a result of step {result.step_id} arrived, but no step is in flight")
+        planned = [piece.seq_id for piece in flight.plan.slices]
+        found = [sequence.seq_id for sequence in result.sequences]
+        if result.step_id != flight.plan.step_id or found != planned:
+            raise IntegrityError(
+                f"step {flight.plan.step_id} with sequences {planned} is in flight, but the result is of "
+                f"step {result.step_id} with sequences {found}"
+            )
+        self._in_flight = None
+        return flight
+
+    def _take(self, sequence: Sequence, piece: TokenSlice, found: SequenceResult) -> SequenceEvent | None:
+        """What the step means for one running sequence; None when there is no news for the client."""
+        if found.error is not None:
+            return self._end(sequence, "error", error=found.error)
+        _require_answer(sequence, piece, found)
+        sequence.num_computed = piece.start + piece.num_tokens
+        if sequence.prefilling:
+            self._prompt_progressed(sequence)
+        if found.embedding is not None:
+            return self._end(sequence, "stop", embedding=found.embedding)
+        prompt_logprobs = new_prompt_logprobs(sequence, piece, found.prompt_logprobs)
+        num_taken, reason, stop_token_id = take_tokens(sequence, found.token_ids, found.complete)
+        if not num_taken and reason is None and not prompt_logprobs:
+            return None
+        self._totals.num_output_tokens += num_taken
+        if reason is not None:
+            self._leave(sequence, reason)
+        return SequenceEvent(
+            sequence.group.request.request_id,
+            sequence.index,
+            found.token_ids[:num_taken],
+            found.logprobs[:num_taken],
+            prompt_logprobs,
+            None,
+            reason,
+            stop_token_id,
+            sequence.num_cached_tokens or 0,
+        )
+
+    def _prompt_progressed(self, sequence: Sequence) -> None:
+        """Shares the pages computed so far; at the end of the prompt, the siblings may come and use them."""
+        assert sequence.table is not None
+        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+        if sequence.num_owed == 0:
+            sequence.prefilling = False
+            self._roster.unhold(sequence.group)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        embedding: tuple[float, ...] | None = None,
+        error: str | None = None,
+    ) -> SequenceEvent:
+        """Ends a sequence that has no new tokens, and says so."""
+        self._leave(sequence, reason)
+        return SequenceEvent(
+            sequence.group.request.request_id,
+            sequence.index,
+            embedding=embedding,
+            finish_reason=reason,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            error=error,
+        )
+
+    def _leave(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Takes an ended sequence out. After an error its pages may hold anything: nothing more is cached."""
+        group = sequence.group
+        self._roster.discard(sequence, keep=reason != "error")
+        self._roster.unhold(group)
+        if not group.unfinished:
+            self._totals.count_end_of_request(reason)
+
+
+def _require_answer(sequence: Sequence, piece: TokenSlice, found: SequenceResult) -> None:
+    """Raises IntegrityError when the executor answers something else than was planned."""
+    if piece.samples:
+        answered = bool(found.token_ids) or found.complete
+    else:
+        embeds = sequence.group.request.pooling is not None
+        is_last = piece.start + piece.num_tokens == len(sequence.token_ids)
+        answered = not found.token_ids and (found.embedding is not None) == (embeds and is_last)
+    if not answered:
+        raise IntegrityError(
+            f"the result for sequence {piece.seq_id} does not answer its slice from token {piece.start}: "
+            "it lacks tokens or an embedding, or has some that were not asked for"
+        )

@@ -1,0 +1,302 @@
+"""The resolver: what "auto" becomes, who is named for it, and which contradictions are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.config import Given, ModelFacts, Resolution, gather, resolve, resolve_server
+from lockstep.config.components import COMPONENTS, OPTIONS
+from lockstep.config.memory import SMALLEST_POOL_TOKENS, human_bytes
+from lockstep.config.option import AUTO
+from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import ConfigError, OutOfMemory
+
+GIB = 2**30
+
+SMALL = ModelFacts(
+    name="small",
+    architecture="LlamaForCausalLM",
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    hidden_size=576,
+    vocab_size=49_152,
+    context_length=8192,
+    num_parameters=134_515_008,
+    weight_bytes=94_000_000,
+    stored_dtype="q4_1",
+)
+LARGE = dataclasses.replace(
+    SMALL,
+    name="large",
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    context_length=131_072,
+    num_parameters=8_000_000_000,
+    stored_dtype="bfloat16",
+)
+HOST = Capabilities(
+    platform="cpu",
+    device_type="cpu",
+    device_name="a processor",
+    memory_bytes=16 * GIB,
+    fast_dtypes=("float32",),
+    num_threads=8,
+)
+FAST_HOST = dataclasses.replace(HOST, fast_dtypes=("bfloat16", "float32"))
+GPU = Capabilities(
+    platform="cuda",
+    device_type="cuda",
+    device_name="a card",
+    num_devices=4,
+    memory_bytes=80 * GIB,
+    fast_dtypes=("bfloat16", "float16"),
+    features=frozenset({"fast_bf16_attention"}),
+    has_streams=True,
+    has_graphs=True,
+)
+
+
+def resolved(
+    model: ModelFacts = SMALL, on: Capabilities = HOST, available_bytes: int | None = None, **options: Any
+) -> Resolution:
+    return resolve(gather(options, environ={}), model, on, available_bytes=available_bytes)
+
+
+def values(resolution: Resolution) -> dict[str, Any]:
+    return {
+        name: getattr(getattr(resolution.config, option.component), name) for name, option in OPTIONS.items()
+    }
+
+
+def test_defaults_on_a_small_host() -> None:
+    found = values(resolved())
+    expected = {
+        "model": None,
+        "served_model_name": "small",
+        "dtype": "float32",
+        "quantization": "none",
+        "context_length": 8192,
+        "device": "cpu",
+        "threads": 8,
+        "kv_cache_dtype": "float32",
+        "page_size": 16,
+        "mem_fraction_static": 0.8,
+        "max_total_tokens": 65_536,
+        "max_running_requests": 64,
+        "chunked_prefill_size": 512,
+        "attention_backend": None,
+        "graphs": "off",
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_defaults_on_an_accelerator() -> None:
+    found = values(resolved(LARGE, GPU))
+    expected = {
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "bfloat16",
+        "context_length": 131_072,
+        "max_total_tokens": None,
+        "max_running_requests": 256,
+        "chunked_prefill_size": 8192,
+        "mem_fraction_static": 0.88,
+        "device": "cuda",
+    }
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("model", [SMALL, LARGE])
+@pytest.mark.parametrize("device", [HOST, FAST_HOST, GPU])
+def test_nothing_is_left_to_decide(model: ModelFacts, device: Capabilities) -> None:
+    resolution = resolved(model, device, available_bytes=80 * GIB)
+    assert AUTO not in values(resolution).values()
+    assert [decision.name for decision in resolution.decisions] == list(OPTIONS)
+    for decision in resolution.decisions:
+        assert decision.value == values(resolution)[decision.name]
+        assert decision.why or decision.source == "default"
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast", "dtype", "source"),
+    [
+        ("bfloat16", ("bfloat16", "float32"), "bfloat16", "model"),
+        ("float32", ("bfloat16", "float32"), "float32", "model"),
+        ("bfloat16", ("float32",), "float32", "device"),
+        ("q4_k", ("bfloat16", "float32"), "bfloat16", "device"),
+        ("float16", ("bfloat16", "float16"), "float16", "model"),
+    ],
+)
+def test_dtype(stored: str, fast: tuple[str, ...], dtype: str, source: str) -> None:
+    resolution = resolved(
+        dataclasses.replace(SMALL, stored_dtype=stored), dataclasses.replace(HOST, fast_dtypes=fast)
+    )
+    assert resolution.config.model.dtype == dtype
+    assert next(d.source for d in resolution.decisions if d.name == "dtype") == source
+
+
+def test_kv_cache_dtype_follows_the_model_only_where_that_is_fast() -> None:
+    assert resolved(on=FAST_HOST).config.model.dtype == "bfloat16"
+    assert resolved(on=FAST_HOST).config.cache.kv_cache_dtype == "float32"
+    able = dataclasses.replace(FAST_HOST, features=frozenset({"fast_bf16_attention"}))
+    assert resolved(on=able).config.cache.kv_cache_dtype == "bfloat16"
+    assert resolved(on=FAST_HOST, kv_cache_dtype="bfloat16").config.cache.kv_cache_dtype == "bfloat16"
+
+
+def test_context_is_bounded_on_a_host_unless_asked_for() -> None:
+    assert resolved(LARGE, HOST, 64 * GIB).config.model.context_length == 32_768
+    asked = resolved(LARGE, HOST, 128 * GIB, context_length=131_072)
+    assert asked.config.model.context_length == 131_072
+    assert asked.config.cache.max_total_tokens == 131_072
+
+
+def test_ranks_share_the_threads() -> None:
+    assert resolved(LARGE, HOST, 90 * GIB, tp=4).config.device.threads == 2
+    assert resolved(tp=3, dp=4).config.device.threads == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"context_length": 8193}, "--context-length 8193 is more than small was trained for (8192); lower it"),
+        ({"ep": 2}, "--ep 2: only mixture-of-experts models use it"),
+        ({"enable_dp_attention": True}, "--enable-dp-attention: only mixture-of-experts models use it"),
+        ({"tp": 2}, "--tp 2 cannot cut 9 query heads and 3 KV heads evenly; small takes --tp 1, 3 or 9"),
+        ({"max_total_tokens": 15}, "--max-total-tokens 15 is less than one page (--page-size 16)"),
+        ({"device": "cuda"}, "--device cuda was asked for, but cpu was opened"),
+        ({"force_kernel": ["rope"]}, "--force-kernel takes OP=KERNEL"),
+    ],
+)
+def test_contradictions(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(**options)
+    assert str(caught.value).startswith(text)
+
+
+def test_ranks_need_devices_only_where_each_takes_one() -> None:
+    assert resolved(LARGE, GPU, tp=4).config.parallel.tp == 4
+    with pytest.raises(ConfigError, match=r"--tp 4 with --dp 2 needs 8 devices, but cuda has 4"):
+        resolved(LARGE, GPU, tp=4, dp=2)
+    assert resolved(tp=9).config.parallel.tp == 9
+
+
+def test_forced_kernels_as_a_mapping() -> None:
+    config = resolved(force_kernel=["rope=reference", "linear=torch"]).config
+    assert config.kernels.forced == {"rope": "reference", "linear": "torch"}
+
+
+def test_a_tight_host_gets_a_smaller_pool_that_really_fits() -> None:
+    available = 2 * GIB
+    config = resolved(available_bytes=available).config
+    tokens = config.cache.max_total_tokens
+    assert tokens is not None and tokens % 16 == 0
+    weights, pool = 134_515_008 * 4, tokens * 2 * 30 * 3 * 64 * 4
+    assert weights + pool <= 0.8 * available < weights + pool + 16 * 2 * 30 * 3 * 64 * 4
+
+
+@pytest.mark.parametrize("device", [HOST, GPU])
+def test_no_room_for_the_pool(device: Capabilities) -> None:
+    with pytest.raises(OutOfMemory) as caught:
+        resolved(LARGE, device, available_bytes=8 * GIB)
+    text = str(caught.value)
+    assert "--mem-fraction-static" in text and "--context-length" in text and "need" in text
+    assert "\n" not in text
+
+
+def test_an_asked_for_pool_must_fit() -> None:
+    assert resolved(max_total_tokens=16).config.cache.max_total_tokens == 16
+    with pytest.raises(OutOfMemory, match="a KV pool of 10000000 tokens"):
+        resolved(max_total_tokens=10_000_000)
+
+
+def test_unknown_memory_is_no_reason_to_refuse() -> None:
+    silent = dataclasses.replace(HOST, memory_bytes=0)
+    assert resolved(LARGE, silent).config.cache.max_total_tokens == 65_536
+
+
+def test_replicas_on_a_host_share_its_memory() -> None:
+    alone = resolved(available_bytes=3 * GIB).config.cache.max_total_tokens
+    paired = resolved(available_bytes=6 * GIB, dp=2).config.cache.max_total_tokens
+    assert alone == paired
+
+
+def test_provenance_and_secrets() -> None:
+    options = gather(
+        {"api_key": Given("s3cret", "command line"), "tp": 3}, environ={"LOCKSTEP_LOG_LEVEL": "debug"}
+    )
+    resolution = resolve(options, SMALL, HOST)
+    by_name = {decision.name: decision for decision in resolution.decisions}
+    assert (by_name["tp"].source, by_name["tp"].why) == ("python", "")
+    assert (by_name["log_level"].source, by_name["log_level"].why) == ("environment", "from LOCKSTEP_LOG_LEVEL")
+    assert by_name["api_key"].value == "(hidden)"
+    assert resolution.config.server.api_key == "s3cret"
+    assert "s3cret" not in repr(resolution)
+
+
+def test_everything_is_frozen() -> None:
+    config = resolved().config
+    for component in COMPONENTS:
+        part = getattr(config, component)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+
+
+def test_server_options_need_no_facts() -> None:
+    given_options = gather({"port": 0, "tp": 3}, environ={"LOCKSTEP_API_KEY": "k"})
+    server = resolve_server(given_options)
+    assert server == resolve(given_options, SMALL, HOST).config.server
+    assert (server.port, server.api_key) == (0, "k")
+
+
+@settings(deadline=None, print_blob=True, max_examples=60)
+@given(st.integers(1, 24), st.integers(1, 24))
+def test_valid_tp_deals_heads_evenly(groups: int, num_kv_heads: int) -> None:
+    """Against dealing out heads: a rank's query heads must need KV heads that only depend on whole shares."""
+    model = dataclasses.replace(SMALL, num_heads=groups * num_kv_heads, num_kv_heads=num_kv_heads)
+    for tp in range(1, model.num_heads + 2):
+        shares = np.array_split(np.arange(model.num_heads), tp)
+        even = len({len(share) for share in shares}) == 1 and len(shares[0]) > 0
+        needed = [set(share // groups) for share in shares]
+        # Every rank holds equally many KV heads, each of which is held equally often.
+        held = np.bincount([head for heads in needed for head in heads], minlength=num_kv_heads)
+        expected = even and len({len(heads) for heads in needed}) == 1 and len(set(held)) == 1
+        assert (tp in model.valid_tp()) == expected, (tp, model.num_heads, num_kv_heads)
+
+
+@pytest.mark.parametrize(("dtype", "numpy_dtype"), [("float32", np.float32), ("float16", np.float16)])
+@pytest.mark.parametrize("tp", [1, 3, 9])
+def test_kv_bytes_are_those_of_a_pool(dtype: str, numpy_dtype: type, tp: int) -> None:
+    heads = {1: 3, 3: 1, 9: 1}[tp]
+    pool = np.zeros((SMALL.num_layers, 2, 1, heads, SMALL.head_dim), dtype=numpy_dtype)
+    assert SMALL.kv_bytes_per_token(dtype, tp) == pool.nbytes
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**30, "1.0 GiB"), (2**51, "2048.0 TiB")],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_smallest_pool_is_more_than_a_page() -> None:
+    assert SMALLEST_POOL_TOKENS >= 16
+
+
+def test_config_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import lockstep.config, lockstep.config.reference; "
+        "lockstep.config.reference.reference_page()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

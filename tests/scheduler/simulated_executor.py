@@ -1,0 +1,153 @@
+"""An executor without a model: it checks every plan against what a real one relies on, and answers at random.
+
+The KV of a token depends on all tokens before it. So the content of a slot is modelled as a hash of the whole
+prefix that ends there, and each slice may run only if the slots before it hold exactly its own sequence's
+hashes. Sharing a wrong page, evicting a page in use, or writing to a shared one all show up here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+
+from lockstep.core.step import (
+    SequenceResult,
+    SequenceStart,
+    StepPlan,
+    StepResult,
+    TokenLogprob,
+    TokenSlice,
+)
+from lockstep.scheduler.limits import SchedulerLimits
+
+
+@dataclass
+class LiveSequence:
+    """What the executor knows of a sequence: its start, all tokens, their prefix hashes, its page table."""
+
+    start: SequenceStart
+    token_ids: list[int]
+    prefix_hashes: list[int]
+    page_ids: list[int]
+    num_computed: int
+
+
+@dataclass
+class SimulatedExecutor:
+    """`vocab_size` small makes stop tokens frequent. Rates are per sampled slice."""
+
+    limits: SchedulerLimits
+    rng: Random
+    vocab_size: int = 8
+    speculation_rate: float = 0.1
+    complete_rate: float = 0.005
+    error_rate: float = 0.002
+    live: dict[int, LiveSequence] = field(default_factory=dict)
+    offered: dict[int, list[int]] = field(default_factory=dict)
+    """All tokens ever offered, by sequence."""
+    completed: set[int] = field(default_factory=set)
+    num_recomputed_sequences: int = 0
+    num_hit_tokens: int = 0
+    _slots: dict[int, list[int]] = field(default_factory=dict)
+    _num_tables_with_page: Counter[int] = field(default_factory=Counter)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Checks and executes one plan."""
+        for seq_id in plan.ended:
+            self._forget(seq_id)
+        for start in plan.started:
+            self._enter(start)
+        assert 1 <= plan.num_tokens <= self.limits.chunk_tokens
+        assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices)
+        assert {piece.seq_id for piece in plan.slices} == set(self.live), "a running sequence got no row"
+        assert len(self.live) <= self.limits.max_running_requests
+        for piece in plan.slices:
+            self._prepare(piece)
+        for piece in plan.slices:
+            self._write(piece)
+        return StepResult(plan.step_id, tuple(self._answer(piece) for piece in plan.slices))
+
+    def _enter(self, start: SequenceStart) -> None:
+        assert start.seq_id not in self.live, "a sequence started twice"
+        assert 0 <= start.num_cached_tokens < len(start.token_ids), "nothing is left to compute"
+        assert len(start.page_ids) * self.limits.page_size == start.num_cached_tokens
+        generated = self.offered.setdefault(start.seq_id, [])
+        assert list(start.token_ids[start.num_prompt_tokens :]) == generated, "a preemption lost tokens"
+        if generated:
+            self.num_recomputed_sequences += 1
+        self.num_hit_tokens += start.num_cached_tokens
+        live = LiveSequence(start, [], [], list(start.page_ids), start.num_cached_tokens)
+        self.live[start.seq_id] = live
+        self._learn(live, start.token_ids)
+        self._num_tables_with_page.update(start.page_ids)
+
+    def _forget(self, seq_id: int) -> None:
+        for page_id in self.live.pop(seq_id).page_ids:
+            self._num_tables_with_page[page_id] -= 1
+
+    @staticmethod
+    def _learn(live: LiveSequence, token_ids: tuple[int, ...]) -> None:
+        for token_id in token_ids:
+            before = live.prefix_hashes[-1] if live.prefix_hashes else 0
+            live.prefix_hashes.append(hash((before, token_id)))
+            live.token_ids.append(token_id)
+
+    def _prepare(self, piece: TokenSlice) -> None:
+        """Everything that must hold before the step runs."""
+        live = self.live[piece.seq_id]
+        live.page_ids.extend(piece.new_page_ids)
+        self._num_tables_with_page.update(piece.new_page_ids)
+        stop = piece.start + piece.num_tokens
+        size = self.limits.page_size
+        assert piece.num_tokens >= 1 and piece.start == live.num_computed
+        assert stop <= len(live.token_ids), "a slice computes tokens that nobody knows"
+        assert stop <= len(live.page_ids) * size, "a slice has no slots"
+        assert piece.samples == (stop == len(live.token_ids) and live.start.pooling is None)
+        for number, page_id in enumerate(live.page_ids):
+            first = number * size
+            if first >= piece.start:
+                break
+            expected = live.prefix_hashes[first : min(first + size, piece.start)]
+            written = self._slots.get(page_id, [])[: len(expected)]
+            assert written == expected, f"page {page_id} does not hold tokens {first}.. of {piece}"
+
+    def _write(self, piece: TokenSlice) -> None:
+        live = self.live[piece.seq_id]
+        size = self.limits.page_size
+        live.num_computed = piece.start + piece.num_tokens
+        for position in range(piece.start, live.num_computed):
+            page_id = live.page_ids[position // size]
+            assert self._num_tables_with_page[page_id] == 1, f"{piece} writes to shared page {page_id}"
+            self._slots.setdefault(page_id, [-1] * size)[position % size] = live.prefix_hashes[position]
+
+    def _answer(self, piece: TokenSlice) -> SequenceResult:
+        live = self.live[piece.seq_id]
+        rng, params = self.rng, live.start.params
+        if rng.random() < self.error_rate:
+            return SequenceResult(piece.seq_id, error="numbers went bad")
+        prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        if params.prompt_logprobs is not None:
+            stop = min(live.num_computed, live.start.num_prompt_tokens - 1)
+            described = live.token_ids[piece.start + 1 : stop + 1]
+            prompt_logprobs = tuple(TokenLogprob(token_id, -1.0) for token_id in described)
+        if not piece.samples:
+            embeds = live.start.pooling is not None and live.num_computed == len(live.token_ids)
+            return SequenceResult(
+                piece.seq_id, prompt_logprobs=prompt_logprobs, embedding=(1.0, 2.0) if embeds else None
+            )
+        count = rng.randint(2, 4) if rng.random() < self.speculation_rate else 1
+        complete = rng.random() < self.complete_rate
+        token_ids = tuple(rng.randrange(self.vocab_size) for _ in range(count - (complete and count == 1)))
+        if complete:
+            self.completed.add(piece.seq_id)
+        self.offered[piece.seq_id].extend(token_ids)
+        self._learn(live, token_ids)
+        logprobs = tuple(TokenLogprob(token_id, -1.0) for token_id in token_ids)
+        return SequenceResult(
+            piece.seq_id,
+            token_ids,
+            logprobs if params.logprobs is not None else (),
+            prompt_logprobs,
+            complete=complete,
+        )

@@ -1,0 +1,551 @@
+"""What the scheduler does in each situation, one small case at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lockstep.core.errors import ConfigError, IntegrityError, InvalidRequest, QueueFull
+from lockstep.core.output import EngineStats
+from lockstep.core.request import Request
+from lockstep.core.sampling import SamplingParams
+from lockstep.core.step import SequenceEvent, SequenceResult, StepPlan, StepResult, TokenLogprob
+from lockstep.scheduler.limits import SchedulerLimits
+from lockstep.scheduler.scheduler import Scheduler
+from lockstep.scheduler.sequence import Sequence
+
+EOS = 99
+PLAIN = 50
+"""A token that ends nothing."""
+
+
+def limits(**changes: Any) -> SchedulerLimits:
+    values: dict[str, Any] = {
+        "max_running_requests": 4,
+        "chunk_tokens": 64,
+        "max_queued_requests": 8,
+        "context_length": 64,
+        "page_size": 4,
+        "num_pages": 64,
+        "eos_token_ids": (EOS,),
+    }
+    return SchedulerLimits(**(values | changes))
+
+
+def request(name: str, prompt: range | tuple[int, ...], **fields: Any) -> Request:
+    outer = {key: fields.pop(key) for key in ("priority", "pooling") if key in fields}
+    params = SamplingParams(**({"seed": 1} | fields))
+    return Request(request_id=name, prompt_token_ids=tuple(prompt), params=params, **outer)
+
+
+Answers = dict[int, SequenceResult]
+
+
+def answer(plan: StepPlan, special: Answers | None = None) -> StepResult:
+    """One plain token for each slice that samples, unless `special` has another answer for the sequence."""
+    plain = {p.seq_id: SequenceResult(p.seq_id, (PLAIN,) if p.samples else ()) for p in plan.slices}
+    found = plain | {key: value for key, value in (special or {}).items() if key in plain}
+    return StepResult(plan.step_id, tuple(found[p.seq_id] for p in plan.slices))
+
+
+def step(scheduler: Scheduler, special: Answers | None = None) -> tuple[StepPlan, list[SequenceEvent]]:
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.check()
+    events = scheduler.update(answer(plan, special))
+    scheduler.check()
+    return plan, events
+
+
+def rows(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
+    return [(p.seq_id, p.start, p.num_tokens, p.samples) for p in plan.slices]
+
+
+def finish_all(scheduler: Scheduler) -> list[SequenceEvent]:
+    """Steps until nothing is left."""
+    events: list[SequenceEvent] = []
+    while scheduler.has_work:
+        events += step(scheduler)[1]
+    assert scheduler.plan() is None
+    return events
+
+
+# -- chunks, decode, order
+
+
+def test_prompt_is_computed_in_chunks_and_then_decoded() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=6))
+    scheduler.add(request("a", range(10), max_tokens=3))
+    plan, events = step(scheduler)
+    assert rows(plan) == [(0, 0, 6, False)] and events == []
+    assert plan.started[0].token_ids == tuple(range(10)) and plan.started[0].page_ids == ()
+    assert len(plan.slices[0].new_page_ids) == 3
+    plan, events = step(scheduler)
+    assert rows(plan) == [(0, 6, 4, True)] and plan.started == ()
+    assert events == [SequenceEvent("a", 0, (PLAIN,))]
+    assert rows(step(scheduler)[0]) == [(0, 10, 1, True)]
+    _, events = step(scheduler)
+    assert events == [SequenceEvent("a", 0, (PLAIN,), finish_reason="length")]
+    assert not scheduler.has_work and scheduler.plan() is None
+
+
+def test_each_running_sequence_gets_a_row_before_prompts_get_the_rest() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=8))
+    scheduler.add(request("a", range(4)))
+    step(scheduler)
+    scheduler.add(request("b", range(20, 40)))
+    scheduler.add(request("c", range(3)))
+    assert rows(step(scheduler)[0]) == [(0, 4, 1, True), (1, 0, 7, False)]
+    assert rows(step(scheduler)[0]) == [(0, 5, 1, True), (1, 7, 7, False)]
+    assert rows(step(scheduler)[0]) == [(0, 6, 1, True), (1, 14, 6, True), (2, 0, 1, False)]
+    assert rows(step(scheduler)[0]) == [(0, 7, 1, True), (1, 20, 1, True), (2, 1, 2, True)]
+
+
+def test_long_prompt_of_high_priority_does_not_starve_decode() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=4, policy="priority"))
+    scheduler.add(request("a", range(2), priority=5))
+    step(scheduler)
+    scheduler.add(request("urgent", range(20, 40), priority=0))
+    step(scheduler)
+    assert rows(step(scheduler)[0]) == [(1, 3, 3, False), (0, 3, 1, True)]
+
+
+@pytest.mark.parametrize(("policy", "order"), [("fcfs", [0, 1, 2, 3]), ("priority", [2, 0, 3, 1])])
+def test_order_of_admission(policy: str, order: list[int]) -> None:
+    scheduler = Scheduler(limits(policy=policy, max_running_requests=1))
+    for name, priority in (("a", 1), ("b", 2), ("c", 0), ("d", 1)):
+        scheduler.add(request(name, range(5), priority=priority, max_tokens=1))
+    assert [step(scheduler)[0].slices[0].seq_id for _ in range(4)] == order
+
+
+def test_executor_hears_of_ended_sequences_once() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(5), max_tokens=1))
+    scheduler.add(request("b", range(20, 25)))
+    step(scheduler)
+    assert step(scheduler)[0].ended == (0,)
+    assert step(scheduler)[0].ended == ()
+
+
+# -- prefix cache and siblings
+
+
+def test_later_request_hits_the_prefix_of_an_earlier_one() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(10)))
+    step(scheduler)
+    scheduler.add(request("b", (*range(9), 77, 78), max_tokens=1))
+    plan, events = step(scheduler)
+    start = plan.started[0]
+    assert (start.num_cached_tokens, len(start.page_ids)) == (8, 2)
+    assert rows(plan)[1] == (1, 8, 3, True)
+    assert events[1].num_cached_tokens == 8
+    stats = scheduler.stats()
+    assert (stats.num_prompt_tokens, stats.num_cached_tokens) == (21, 8)
+
+
+def test_generated_tokens_are_cached_when_a_sequence_finishes() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(6), max_tokens=7))
+    finish_all(scheduler)
+    scheduler.add(request("b", (*range(6), *[PLAIN] * 7, 3)))
+    # 6 prompt tokens and 6 of the 7 generated were computed: 3 full pages.
+    assert step(scheduler)[0].started[0].num_cached_tokens == 12
+
+
+@pytest.mark.parametrize(
+    "fields", [{"prompt_logprobs": 0}, {"pooling": "mean"}], ids=["prompt_logprobs", "mean pooling"]
+)
+def test_request_that_needs_every_row_gets_no_hit(fields: dict[str, Any]) -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(12), max_tokens=1))
+    step(scheduler)
+    scheduler.add(request("b", range(12), **fields))
+    plan = scheduler.plan()
+    assert plan is not None and plan.started[0].num_cached_tokens == 0
+
+
+def test_without_prefix_cache_nothing_is_kept() -> None:
+    scheduler = Scheduler(limits(enable_prefix_cache=False))
+    for name in ("a", "b"):
+        scheduler.add(request(name, range(12), max_tokens=2))
+        plan, _ = step(scheduler)
+        assert plan.started[0].num_cached_tokens == 0
+        finish_all(scheduler)
+    stats = scheduler.stats()
+    assert (stats.num_pages_cached, stats.num_pages_in_use) == (0, 0)
+
+
+def test_siblings_wait_for_the_prompt_and_share_its_pages() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=6))
+    scheduler.add(request("a", range(9), n=3, seed=2**64 - 1, max_tokens=8, prompt_logprobs=1))
+    scheduler.add(request("b", range(20, 22)))
+    assert scheduler.num_waiting == 4
+    assert rows(step(scheduler)[0]) == [(0, 0, 6, False)]
+    assert rows(step(scheduler)[0]) == [(0, 6, 3, True), (3, 0, 2, True)]
+    plan, _ = step(scheduler)
+    assert rows(plan)[2:] == [(1, 8, 1, True), (2, 8, 1, True)]
+    assert [start.num_cached_tokens for start in plan.started] == [8, 8]
+    assert [start.params.seed for start in plan.started] == [0, 1]
+    assert [start.params.prompt_logprobs for start in plan.started] == [None, None]
+
+
+def test_siblings_run_when_the_first_one_fails() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=6))
+    scheduler.add(request("a", range(9), n=2))
+    _, events = step(scheduler, {0: SequenceResult(0, error="numbers went bad")})
+    assert events == [SequenceEvent("a", 0, finish_reason="error", error="numbers went bad")]
+    plan, _ = step(scheduler)
+    assert plan.ended == (0,) and plan.started[0].seq_id == 1
+    assert plan.started[0].num_cached_tokens == 0
+
+
+def test_flush_frees_cached_pages_that_nobody_uses() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(8), max_tokens=1))
+    step(scheduler)
+    scheduler.add(request("b", range(20, 28)))
+    step(scheduler)
+    assert scheduler.flush_cache() == 2
+    assert scheduler.flush_cache() == 0
+    assert scheduler.stats().num_pages_in_use == 2
+
+
+# -- preemption
+
+
+def _crowd(**changes: Any) -> Scheduler:
+    """Two sequences that together fill a pool of 12 pages exactly, after 16 generated tokens each."""
+    scheduler = Scheduler(limits(num_pages=12, **changes))
+    scheduler.add(request("a", range(8), priority=2))
+    scheduler.add(request("b", range(20, 28), priority=1))
+    for _ in range(17):
+        plan, _ = step(scheduler)
+        assert plan.ended == () and len(plan.slices) == 2
+    return scheduler
+
+
+def test_the_latest_is_preempted_and_recomputed_from_the_cache() -> None:
+    scheduler = _crowd()
+    scheduler.add(request("c", range(40, 42)))
+    plan, _ = step(scheduler)
+    assert plan.ended == (1,)
+    assert rows(plan) == [(0, 24, 1, True)]
+    assert scheduler.stats().num_preemptions == 1
+    scheduler.abort("a")
+    plan, _ = step(scheduler)
+    assert [start.seq_id for start in plan.started] == [1, 2], "the preempted one waits in front"
+    start = plan.started[0]
+    assert start.token_ids == (*range(20, 28), *[PLAIN] * 17)
+    assert start.num_prompt_tokens == 8
+    # One page of its six was taken for "a"; the first five were still cached.
+    assert start.num_cached_tokens == 20
+    assert rows(plan)[0] == (1, 20, 5, True)
+
+
+def test_priority_decides_who_is_preempted() -> None:
+    plan, _ = step(_crowd(policy="priority"))
+    assert plan.ended == (0,)
+    assert rows(plan) == [(1, 24, 1, True)]
+
+
+def test_admission_leaves_room_for_running_sequences_to_grow() -> None:
+    scheduler = Scheduler(limits(num_pages=12))
+    scheduler.add(request("a", range(8)))
+    step(scheduler)
+    scheduler.add(request("b", range(20, 45)))
+    assert len(step(scheduler)[0].slices) == 1, "7 pages would leave 'a' 3 of the 4 that 16 tokens need"
+    scheduler.abort("b")
+    scheduler.add(request("c", range(20, 40)))
+    assert len(step(scheduler)[0].slices) == 2
+
+
+@pytest.mark.parametrize("preempt_after", [1, 2, 3])
+def test_prompt_logprobs_are_not_repeated_after_a_preemption(preempt_after: int) -> None:
+    scheduler = Scheduler(limits(chunk_tokens=6))
+    prompt = tuple(range(20, 36))
+    scheduler.add(request("a", prompt, prompt_logprobs=0, max_tokens=4))
+    described: list[int] = []
+    hits: list[int] = []
+    num_steps = 0
+    while (plan := scheduler.plan()) is not None:
+        hits += [start.num_cached_tokens for start in plan.started]
+        (piece,) = plan.slices
+        logprobs = tuple(TokenLogprob(t, -1.0) for t in prompt[piece.start + 1 :][: piece.num_tokens])
+        found = SequenceResult(0, (PLAIN,) if piece.samples else (), prompt_logprobs=logprobs)
+        for event in scheduler.update(StepResult(plan.step_id, (found,))):
+            described += [row.token_id for row in event.prompt_logprobs]
+        num_steps += 1
+        if num_steps == preempt_after:
+            scheduler._roster.preempt_worst()
+    assert described == list(prompt[1:])
+    # Rows that the client lacks are computed again; once it has all of them, the cache serves.
+    assert hits == ([0, 16] if preempt_after == 3 else [0, 0])
+
+
+# -- finishing
+
+
+def _answered(scheduler: Scheduler, *tokens: int, complete: bool = False) -> SequenceEvent:
+    (event,) = step(scheduler, {0: SequenceResult(0, tokens, complete=complete)})[1]
+    return event
+
+
+def _one(**fields: Any) -> Scheduler:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(5), **fields))
+    return scheduler
+
+
+def test_end_token_stops() -> None:
+    event = _answered(_one(), EOS)
+    assert (event.token_ids, event.finish_reason, event.stop_token_id) == ((EOS,), "stop", EOS)
+
+
+def test_end_token_can_be_ignored_but_a_stop_id_cannot() -> None:
+    scheduler = _one(ignore_eos=True, stop_token_ids=(7,))
+    assert _answered(scheduler, EOS).finish_reason is None
+    event = _answered(scheduler, 7)
+    assert (event.finish_reason, event.stop_token_id) == ("stop", 7)
+
+
+def test_min_tokens_must_precede_a_stop() -> None:
+    scheduler = _one(min_tokens=2)
+    assert _answered(scheduler, EOS).finish_reason is None
+    assert _answered(scheduler, EOS).finish_reason is None
+    assert _answered(scheduler, EOS).finish_reason == "stop"
+
+
+def test_tokens_after_a_stop_are_dropped_with_their_logprobs() -> None:
+    scheduler = _one(logprobs=0)
+    logprobs = tuple(TokenLogprob(token_id, -0.5) for token_id in (1, EOS, 2, 3))
+    _, (event,) = step(scheduler, {0: SequenceResult(0, (1, EOS, 2, 3), logprobs)})
+    assert event.token_ids == (1, EOS) and event.logprobs == logprobs[:2]
+    assert scheduler.stats().num_output_tokens == 2
+
+
+def test_several_tokens_are_owed_together() -> None:
+    scheduler = _one()
+    assert _answered(scheduler, 1, 2, 3).token_ids == (1, 2, 3)
+    assert rows(step(scheduler)[0]) == [(0, 5, 3, True)]
+
+
+def test_max_tokens_cuts_several_tokens() -> None:
+    event = _answered(_one(max_tokens=2), 1, 2, 3)
+    assert (event.token_ids, event.finish_reason) == ((1, 2), "length")
+
+
+def test_end_token_as_the_last_allowed_one_is_a_stop() -> None:
+    assert _answered(_one(max_tokens=1), EOS).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("tokens", [(), (1,)])
+def test_complete_finishes_before_min_tokens(tokens: tuple[int, ...]) -> None:
+    event = _answered(_one(min_tokens=5), *tokens, complete=True)
+    assert (event.token_ids, event.finish_reason, event.stop_token_id) == (tokens, "stop", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_tokens"),
+    [({"context_length": 9}, 4), ({"num_pages": 2}, 4), ({"num_pages": 3}, 8)],
+    ids=["context", "pool of 8", "pool of 12"],
+)
+def test_generation_ends_with_the_context_or_the_pool(changes: dict[str, int], num_tokens: int) -> None:
+    """The last token needs no KV, so a pool of 8 tokens ends a sequence of 9."""
+    scheduler = Scheduler(limits(**changes))
+    scheduler.add(request("a", range(5), max_tokens=1000))
+    events = finish_all(scheduler)
+    assert len(events) == num_tokens and events[-1].finish_reason == "length"
+    assert scheduler.stats().num_preemptions == 0
+
+
+def test_embedding_needs_no_sample() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=4))
+    scheduler.add(request("a", range(6), pooling="last"))
+    plan, events = step(scheduler)
+    assert rows(plan) == [(0, 0, 4, False)] and events == []
+    assert plan.started[0].pooling == "last"
+    plan, events = step(scheduler, {0: SequenceResult(0, embedding=(0.5, 0.25))})
+    assert rows(plan) == [(0, 4, 2, False)]
+    assert events == [SequenceEvent("a", 0, embedding=(0.5, 0.25), finish_reason="stop")]
+    assert not scheduler.has_work
+
+
+# -- aborts
+
+
+def test_abort_frees_pages_at_once_and_ends_each_index() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(6), n=3))
+    scheduler.add(request("b", range(20, 26)))
+    step(scheduler)
+    events = scheduler.abort("a", "deadline")
+    assert [(event.index, event.finish_reason) for event in events] == [(i, "deadline") for i in range(3)]
+    assert scheduler.stats().num_pages_in_use == 2
+    assert scheduler.abort("a") == [] and scheduler.abort("never") == []
+    assert step(scheduler)[0].ended == (0,)
+    assert scheduler.stats().num_aborted == 1
+
+
+def test_result_of_a_sequence_aborted_in_flight_is_ignored() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(6)))
+    scheduler.add(request("b", range(20, 26)))
+    plan = scheduler.plan()
+    assert plan is not None
+    assert len(scheduler.abort("a")) == 1
+    scheduler.add(request("c", range(40, 46)))
+    events = scheduler.update(answer(plan))
+    assert [event.request_id for event in events] == ["b"]
+    plan, _ = step(scheduler)
+    assert plan.ended == (0,) and [start.seq_id for start in plan.started] == [2]
+    assert scheduler.stats().num_output_tokens == 3
+
+
+def test_request_id_can_be_used_again_after_its_end() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(6)))
+    with pytest.raises(InvalidRequest, match="'a' is in use"):
+        scheduler.add(request("a", range(6)))
+    scheduler.abort("a")
+    scheduler.add(request("a", range(6)))
+    assert step(scheduler)[0].slices[0].seq_id == 1
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (request("a", ()), "the prompt is empty"),
+        (request("a", range(64)), "64 tokens, but the context length of 64 leaves room for 63"),
+        (request("a", range(65), pooling="last"), "65 tokens, but the context length of 64 leaves room for 64"),
+        (request("a", range(41)), "41 tokens, but the KV pool holds 40"),
+        (request("a", range(5), pooling="last", n=2), "n must be 1, not 2"),
+    ],
+)
+def test_impossible_requests_are_refused(bad: Request, words: str) -> None:
+    scheduler = Scheduler(limits(num_pages=10))
+    with pytest.raises(InvalidRequest, match=words) as refusal:
+        scheduler.add(bad)
+    assert refusal.value.param in ("prompt", "n")
+    assert not scheduler.has_work
+    scheduler.check()
+
+
+def test_queue_is_bounded_by_requests_that_have_not_run() -> None:
+    scheduler = Scheduler(limits(max_queued_requests=2, max_running_requests=1))
+    scheduler.add(request("a", range(5), n=4))
+    scheduler.add(request("b", range(5)))
+    with pytest.raises(QueueFull, match="2 requests are waiting already"):
+        scheduler.add(request("c", range(5)))
+    step(scheduler)
+    scheduler.add(request("c", range(5)))
+    with pytest.raises(QueueFull):
+        scheduler.add(request("d", range(5)))
+    scheduler.abort("b")
+    scheduler.add(request("d", range(5)))
+    finish_all(scheduler)
+
+
+def test_plans_and_results_alternate() -> None:
+    scheduler = Scheduler(limits())
+    with pytest.raises(IntegrityError, match="no step is in flight"):
+        scheduler.update(StepResult(0))
+    scheduler.add(request("a", range(5)))
+    plan = scheduler.plan()
+    assert plan is not None
+    with pytest.raises(IntegrityError, match="step 0 is in flight"):
+        scheduler.plan()
+    with pytest.raises(IntegrityError, match="but the result is of step 7"):
+        scheduler.update(StepResult(7, (SequenceResult(0, (1,)),)))
+    with pytest.raises(IntegrityError, match=r"sequences \[5\]"):
+        scheduler.update(StepResult(0, (SequenceResult(5, (1,)),)))
+    assert len(scheduler.update(answer(plan))) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({}, SequenceResult(0)),
+        ({}, SequenceResult(0, embedding=(1.0,))),
+        ({"pooling": "last"}, SequenceResult(0)),
+        ({"pooling": "last"}, SequenceResult(0, (1,))),
+    ],
+)
+def test_result_that_answers_something_else_is_an_error(fields: dict[str, Any], found: SequenceResult) -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(request("a", range(5), **fields))
+    plan = scheduler.plan()
+    assert plan is not None
+    with pytest.raises(IntegrityError, match="sequence 0 does not answer its slice"):
+        scheduler.update(StepResult(plan.step_id, (found,)))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_limits_name_the_bad_field(value: Any) -> None:
+    with pytest.raises(ConfigError, match="chunk_tokens must be an integer of at least 1"):
+        limits(chunk_tokens=value)
+
+
+def test_unknown_policy_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'priority'"):
+        limits(policy="prioriti")
+
+
+# -- figures and the self-check
+
+
+def test_stats_use_the_names_of_the_engine() -> None:
+    scheduler = Scheduler(limits(max_running_requests=1))
+    scheduler.add(request("a", range(9), max_tokens=2))
+    scheduler.add(request("b", range(9)))
+    step(scheduler)
+    assert scheduler.stats() == EngineStats(
+        num_running=1,
+        num_waiting=1,
+        num_pages_total=64,
+        num_pages_in_use=3,
+        page_size=4,
+        num_steps=1,
+        num_prompt_tokens=9,
+        num_output_tokens=1,
+        last_step_tokens=9,
+    )
+    step(scheduler)
+    assert scheduler.stats().num_finished == 1
+    assert scheduler.stats().num_pages_cached == 2
+
+
+def _compute_without_slots(sequence: Sequence) -> None:
+    sequence.token_ids.extend([PLAIN] * 9)
+    sequence.num_computed = 12
+
+
+CORRUPTIONS: dict[str, Callable[[Scheduler], object]] = {
+    "running out of order": lambda s: s._roster.running._sequences.reverse(),
+    "in two places": lambda s: s._roster.waiting._sequences.append(s._roster.running[1]),
+    "in no place": lambda s: s._roster.waiting.pop(0),
+    "ended but still running": lambda s: s._roster.running[0].group.unfinished.clear(),
+    "running without pages": lambda s: setattr(s._roster.running[0], "table", None),
+    "waiting with pages": lambda s: setattr(s._roster.waiting[0], "table", s._roster.running[0].table),
+    "nothing owed": lambda s: setattr(s._roster.running[0], "num_computed", 6),
+    "computed without slots": lambda s: _compute_without_slots(s._roster.running[0]),
+    "beyond its last token": lambda s: s._roster.running[0].token_ids.extend([1] * 60),
+    "queued requests miscounted": lambda s: setattr(s._roster, "_num_queued_requests", 0),
+    "page lost": lambda s: s._pages._allocator.take(1),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_check_notices(corruption: str) -> None:
+    scheduler = Scheduler(limits(max_running_requests=2))
+    for name in ("a", "b", "c"):
+        scheduler.add(request(name, range(5)))
+    step(scheduler)
+    CORRUPTIONS[corruption](scheduler)
+    with pytest.raises(IntegrityError):
+        scheduler.check()
