@@ -50,7 +50,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> No
 def resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     install(
         monkeypatch,
-        "lockstep.engine.setup",
+        "lockstep.engine.opening",
         resolve_options=lambda options: resolve(gather(options), FACTS, HOST),
     )
 

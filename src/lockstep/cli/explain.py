@@ -26,7 +26,7 @@ def command() -> None:
 @server_options
 def explain_config(as_json: bool, options: dict[str, Given]) -> None:
     """Print every option with its value, who decided it and why. Reads the model's header, not its weights."""
-    from lockstep.engine.setup import resolve_options
+    from lockstep.engine.opening import resolve_options
 
     decisions = resolve_options(options).decisions
     if as_json:

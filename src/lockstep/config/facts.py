@@ -33,17 +33,16 @@ class ModelFacts:
         return self.num_parameters * DTYPE_BYTES[dtype]
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
-        """Bytes of keys and values that one rank of `tp` keeps for one token, all layers together.
+        """Bytes of keys and values that the fullest rank of `tp` keeps for one token, all layers together.
 
         With more ranks than KV heads, each rank holds one head, so that some heads are kept more than once.
         """
-        heads = max(1, self.num_kv_heads // tp)
+        heads = -(-self.num_kv_heads // tp)
         return 2 * self.num_layers * heads * self.head_dim * DTYPE_BYTES[dtype]
 
     def valid_tp(self) -> tuple[int, ...]:
-        """Tensor parallel sizes that cut query heads evenly and cut or replicate KV heads evenly."""
-        return tuple(
-            tp
-            for tp in range(1, self.num_heads + 1)
-            if self.num_heads % tp == 0 and (self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0)
-        )
+        """Tensor parallel sizes with whole KV heads on every rank, or several ranks to a KV head that share its
+        query heads evenly."""
+        group = self.num_heads // self.num_kv_heads
+        shared = [ranks * self.num_kv_heads for ranks in range(2, group + 1) if group % ranks == 0]
+        return (*range(1, self.num_kv_heads + 1), *shared)

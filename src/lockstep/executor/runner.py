@@ -63,6 +63,8 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's slices and choose the next tokens."""
         self._follow(plan)
+        if not plan.slices:
+            return StepResult(plan.step_id)
         inputs = build_inputs(plan, self._sequences, self._pool.page_size, self._device)
         if self._probe is not None:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
@@ -138,12 +140,17 @@ class ModelRunner:
                 results.append(SequenceResult(state.seq_id, error=choice.error))
                 continue
             state.append(choice.token_id)
+            try:
+                complete = any([hook.accept(state.seq_id, choice.token_id) for hook in self._hooks])
+            except InvalidRequest as error:
+                results.append(SequenceResult(state.seq_id, error=str(error)))
+                continue
             results.append(
                 SequenceResult(
                     state.seq_id,
                     token_ids=(choice.token_id,),
                     logprobs=(logprobs[row],) if row in logprobs else (),
-                    complete=any([hook.accept(state.seq_id, choice.token_id) for hook in self._hooks]),
+                    complete=complete,
                 )
             )
         return results

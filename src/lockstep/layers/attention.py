@@ -11,7 +11,7 @@ from lockstep.attention.backend import AttentionSpec
 from lockstep.core.errors import ConfigError
 from lockstep.kv.pool.pool import KVShape
 from lockstep.layers.build import Build, ForwardContext
-from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLinear, even_part
+from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLinear, share
 from lockstep.layers.norm import RMSNorm
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_sharded
@@ -20,17 +20,23 @@ from lockstep.parallel.placement import Partial, Sharded, expect_sharded
 def head_parts(
     where: str, num_heads: int, num_kv_heads: int, head_dim: int, rank: int, num_ranks: int
 ) -> tuple[Part, Part, Part]:
-    """This rank's query, key and value outputs. With more ranks than KV heads, several ranks hold one KV head.
+    """This rank's query, key and value outputs: whole KV heads, each with the query heads that read it.
 
-    Raises ConfigError when the heads cannot be shared out.
+    The shares may differ by one KV head. With more ranks than KV heads, several ranks hold the same KV head and
+    share its query heads evenly. Raises ConfigError when that is not possible.
     """
-    if num_heads % num_ranks or (num_kv_heads % num_ranks and num_ranks % num_kv_heads):
+    group = num_heads // num_kv_heads
+    if num_ranks <= num_kv_heads:
+        kv_start, kv_share = share(num_kv_heads, rank, num_ranks)
+        q_start, q_share = kv_start * group, kv_share * group
+    elif num_ranks % num_kv_heads == 0 and group % (num_ranks // num_kv_heads) == 0:
+        kv_start, kv_share = rank * num_kv_heads // num_ranks, 1
+        q_start, q_share = share(num_heads, rank, num_ranks)
+    else:
         raise ConfigError(f"{num_heads} query and {num_kv_heads} KV heads cannot be shared out over --tp {num_ranks}")
-    kv_share = max(1, num_kv_heads // num_ranks)
-    kv_start = rank * num_kv_heads // num_ranks
     kv = (num_kv_heads * head_dim, kv_start * head_dim, kv_share * head_dim)
     return (
-        even_part(f"{where}.q_proj", num_heads * head_dim, rank, num_ranks),
+        Part(f"{where}.q_proj", num_heads * head_dim, q_start * head_dim, q_share * head_dim),
         Part(f"{where}.k_proj", *kv),
         Part(f"{where}.v_proj", *kv),
     )
@@ -42,7 +48,7 @@ class Attention:
     def __init__(self, build: Build, where: str, heads: tuple[int, int], head_dim: int, spec: AttentionSpec) -> None:
         num_heads, num_kv_heads = heads
         self._spec = spec
-        self._layer = build.add_kv_layer(KVShape(num_kv_heads, head_dim), spec.window)
+        self._layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec)
         self._store = build.bind(
             "kv_store", where, dtype=build.kv_dtype, pool_dtype=build.kv_dtype, page_size=build.page_size
         ).function
@@ -91,7 +97,7 @@ class SelfAttention:
         self._dtype, self._kv_dtype = build.dtype, build.kv_dtype
         self._qkv = ColumnParallelLinear(build, f"{where}.qkv_proj", parts, hidden_size, bias=qkv_bias, axis=axis)
         self._out = RowParallelLinear(
-            build, f"{where}.o_proj", num_heads * head_dim, hidden_size, bias=out_bias, axis=axis
+            build, f"{where}.o_proj", parts[0].as_input(f"{where}.o_proj"), hidden_size, bias=out_bias, axis=axis
         )
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if head_norm_eps is not None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lockstep.attention.backend import AttentionBackend
+from lockstep.attention.backend import AttentionBackend, AttentionSpec
 from lockstep.core.probe import Probe, ProbePoint
 from lockstep.kv.pool.pool import KVPool, KVShape
 from lockstep.ops.contract import Signature
@@ -40,7 +40,7 @@ class Weights(Protocol):
 class Build:
     """Everything a layer needs to make itself: its ranks, its device, its weights, its kernels.
 
-    Layers call `weight`, `bind`, `point` and `add_kv_layer`; whoever owns the build reads the figures afterwards.
+    Layers call `weight`, `bind`, `point` and `add_attention`; whoever owns the build reads the figures afterwards.
     """
 
     mesh: Mesh
@@ -55,6 +55,7 @@ class Build:
     on_weight: Callable[[str, int], None] | None = None
     kv_layers: list[KVShape] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
+    attention_signature: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
 
     def weight(
@@ -84,11 +85,21 @@ class Build:
         probe, point = self.probe, ProbePoint(name, axes, placement)
         return (lambda value: probe.record(point, value)) if probe.wants(point) else None
 
-    def add_kv_layer(self, shape: KVShape, window: int) -> int:
-        """Registers a layer that keeps keys and values; its number in the pool."""
+    def add_attention(self, shape: KVShape, num_heads: int, spec: AttentionSpec) -> int:
+        """Registers a layer that attends; its number in the KV pool."""
         self.kv_layers.append(shape)
-        if window not in self.windows:
-            self.windows.append(window)
+        if spec.window not in self.windows:
+            self.windows.append(spec.window)
+        self.attention_signature = {
+            "dtype": self.kv_dtype,
+            "pool_dtype": self.kv_dtype,
+            "head_dim": shape.head_dim,
+            "heads": num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "page_size": self.page_size,
+            "window": max(spec.window, self.attention_signature.get("window", 0)),
+            "soft_cap": max(spec.soft_cap, self.attention_signature.get("soft_cap", 0.0)),
+        }
         return len(self.kv_layers) - 1
 
 

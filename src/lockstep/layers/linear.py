@@ -38,22 +38,31 @@ class Product:
         return out_TO
 
 
+def share(total: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """(start, length) of this rank's part of `total` things; parts differ by one at most. ConfigError for none."""
+    start, end = rank * total // num_ranks, (rank + 1) * total // num_ranks
+    if end == start:
+        raise ConfigError(f"{total} cannot be shared out over --tp {num_ranks}")
+    return start, end - start
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stored weight of a packed product: its name, its whole output size, and this rank's outputs."""
+    """One stored weight of a product: its name, its whole size on the split side, and this rank's part of that."""
 
     name: str
-    num_outputs: int
+    total: int
     start: int
     length: int
 
+    @classmethod
+    def of(cls, name: str, total: int, rank: int, num_ranks: int) -> Part:
+        """This rank's fair share."""
+        return cls(name, total, *share(total, rank, num_ranks))
 
-def even_part(name: str, num_outputs: int, rank: int, num_ranks: int) -> Part:
-    """This rank's equal share of the outputs. Raises ConfigError when they do not divide."""
-    if num_outputs % num_ranks:
-        raise ConfigError(f"{name} has {num_outputs} outputs, which --tp {num_ranks} does not divide")
-    share = num_outputs // num_ranks
-    return Part(name, num_outputs, rank * share, share)
+    def as_input(self, name: str) -> Part:
+        """The same part, seen by the product that reads it."""
+        return Part(name, self.total, self.start, self.length)
 
 
 class ColumnParallelLinear:
@@ -70,11 +79,11 @@ class ColumnParallelLinear:
         self.where = where
         self._axis = axis
         weights = [
-            build.weight(f"{part.name}.weight", (part.num_outputs, num_inputs), Slice(0, part.start, part.length))
+            build.weight(f"{part.name}.weight", (part.total, num_inputs), Slice(0, part.start, part.length))
             for part in parts
         ]
         biases = [
-            build.weight(f"{part.name}.bias", (part.num_outputs,), Slice(0, part.start, part.length))
+            build.weight(f"{part.name}.bias", (part.total,), Slice(0, part.start, part.length))
             for part in (parts if bias else ())
         ]
         packed_bias = torch.cat(biases) if biases else None
@@ -95,14 +104,13 @@ class RowParallelLinear:
     """
 
     def __init__(
-        self, build: Build, where: str, num_inputs: int, num_outputs: int, *, bias: bool = False, axis: Axis = TP
+        self, build: Build, where: str, part: Part, num_outputs: int, *, bias: bool = False, axis: Axis = TP
     ) -> None:
         self.where = where
         self._axis = axis
-        group = build.mesh.group(axis)
-        share = even_part(where, num_inputs, group.rank, group.size)
-        weight_OI = build.weight(f"{where}.weight", (num_outputs, num_inputs), Slice(1, share.start, share.length))
-        bias_O = build.weight(f"{where}.bias", (num_outputs,)) if bias and group.rank == 0 else None
+        weight_OI = build.weight(f"{part.name}.weight", (num_outputs, part.total), Slice(1, part.start, part.length))
+        is_first = build.mesh.rank(axis) == 0
+        bias_O = build.weight(f"{part.name}.bias", (num_outputs,)) if bias and is_first else None
         self._product = Product(build, where, weight_OI, bias_O)
         self._point = build.point(where, ("token", "output"), f"partial:{axis}")
 

@@ -9,7 +9,7 @@ import torch
 
 from lockstep.core.errors import ModelFileError, nearest
 from lockstep.layers.build import Build, ForwardContext
-from lockstep.layers.linear import TP, ColumnParallelLinear, RowParallelLinear, even_part
+from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLinear
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial
 
@@ -26,10 +26,13 @@ class GatedMLP:
         if activation not in _ACTIVATIONS:
             raise ModelFileError(f"unknown activation {activation!r}{nearest(activation, _ACTIVATIONS)}")
         group = build.mesh.group(axis)
-        parts = [even_part(f"{where}.{name}", inner_size, group.rank, group.size) for name in ("gate_proj", "up_proj")]
-        self._gate_up = ColumnParallelLinear(build, f"{where}.gate_up_proj", parts, hidden_size, axis=axis)
-        self._down = RowParallelLinear(build, f"{where}.down_proj", inner_size, hidden_size, axis=axis)
-        self._activate = build.bind(_ACTIVATIONS[activation], where, width=parts[0].length).function
+        gate, up, down = (
+            Part.of(f"{where}.{name}", inner_size, group.rank, group.size)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        self._gate_up = ColumnParallelLinear(build, f"{where}.gate_up_proj", (gate, up), hidden_size, axis=axis)
+        self._down = RowParallelLinear(build, f"{where}.down_proj", down, hidden_size, axis=axis)
+        self._activate = build.bind(_ACTIVATIONS[activation], where, width=gate.length).function
 
     def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
         return self._down(self._gate_up(hidden_TD).map(self._activate))

@@ -1,0 +1,116 @@
+"""Putting an engine together in this process: the first rank with its workers, or one further rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lockstep.config import EngineConfig
+from lockstep.core.output import ModelCard
+from lockstep.core.probe import Probe
+from lockstep.engine.build import BuiltRank, Progress, build_rank
+from lockstep.engine.loop import EngineLoop
+from lockstep.engine.opening import OpenedModel, open_files, open_for_running, open_tokenizer, reopen
+from lockstep.engine.ranks import Ranks, new_run_dir
+from lockstep.parallel.processes import connect
+from lockstep.platforms.registry import load_platform
+from lockstep.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class AssembledRank:
+    """A built rank with what clients may know of the model."""
+
+    rank: BuiltRank
+    card: ModelCard
+
+
+class Engine:
+    """One replica: the loop of the first rank, its workers, the tokenizer. `close` releases everything."""
+
+    def __init__(
+        self, options: Mapping[str, Any], *, progress: Progress | None = None, probe: Probe | None = None
+    ) -> None:
+        self.opened: OpenedModel = open_for_running(options)
+        config = self.opened.config
+        self.tokenizer: Tokenizer = open_tokenizer(
+            self.opened.files, config.model.tokenizer, config.model.chat_template
+        )
+        self._run_dir: TemporaryDirectory[str] | None = None
+        self._ranks: Ranks | None = None
+        try:
+            store = self._start_workers(config)
+            self.rank = _build(self.opened, self.tokenizer, 0, store, progress, probe)
+            if self._ranks is not None:
+                self._ranks.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        broadcast = self._ranks.send if self._ranks is not None else None
+        self.loop = EngineLoop(self.rank.core, seed=config.model.seed, broadcast=broadcast)
+
+    @property
+    def card(self) -> ModelCard:
+        """What clients may know of the model."""
+        return self.opened.card
+
+    def check(self) -> None:
+        """Raises EngineDead when a worker is gone."""
+        if self._ranks is not None:
+            self._ranks.check()
+
+    def close(self) -> None:
+        """Ends the workers and removes the private folder. May be called twice."""
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
+        if self._run_dir is not None:
+            self._run_dir.cleanup()
+            self._run_dir = None
+
+    def _start_workers(self, config: EngineConfig) -> Path | None:
+        if config.parallel.tp == 1:
+            return None
+        self._run_dir = new_run_dir()
+        self._ranks = Ranks(config, Path(self._run_dir.name))
+        return self._ranks.store
+
+
+def assemble_rank(config: EngineConfig, *, rank: int, store: Path) -> AssembledRank:
+    """A further rank under the first rank's configuration."""
+    files = open_files(config.model.model, config.model.revision)
+    platform = load_platform(config.device.device)
+    opened = reopen(files, platform, config)
+    tokenizer = open_tokenizer(files, config.model.tokenizer, config.model.chat_template)
+    return AssembledRank(_build(opened, tokenizer, rank, store, None, None), opened.card)
+
+
+def _build(
+    opened: OpenedModel,
+    tokenizer: Tokenizer,
+    rank: int,
+    store: Path | None,
+    progress: Progress | None,
+    probe: Probe | None,
+) -> BuiltRank:
+    mesh = connect(
+        "tp",
+        rank=rank,
+        size=opened.config.parallel.tp,
+        store=store or Path(),
+        backend=opened.capabilities.collective_backend,
+        device=opened.platform.device(rank),
+    )
+    return build_rank(
+        opened.files,
+        opened.facts,
+        opened.config,
+        opened.platform,
+        tokenizer,
+        mesh,
+        probe=probe,
+        progress=progress,
+    )

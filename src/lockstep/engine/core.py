@@ -1,0 +1,81 @@
+"""The part of the engine that every rank runs alike: scheduler and executor, fed by one stream."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from lockstep.core.errors import IntegrityError, InvalidRequest, LockstepError, QueueFull
+from lockstep.core.step import SequenceEvent, StepResult
+from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Shutdown, StepInputs, Submit
+from lockstep.executor.runner import Executor
+from lockstep.scheduler.scheduler import Scheduler
+
+
+class EngineCore:
+    """Follows a stream of StepInputs. Two cores given the same stream do the same; each can prove it.
+
+    `digest` is a running checksum of every token chosen so far. A rank whose digest differs from the one in the
+    stream has diverged from the first rank and stops with IntegrityError.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+        self.scheduler = scheduler
+        self._executor = executor
+        self.digest = 0
+
+    def apply(
+        self, commands: Sequence[Submit | Abort | FlushCache | Shutdown]
+    ) -> tuple[list[SequenceEvent], list[Rejected | Reply]]:
+        """Admits, ends, flushes, in order. Gives the ends' events, and rejections and replies."""
+        events: list[SequenceEvent] = []
+        answers: list[Rejected | Reply] = []
+        for command in commands:
+            if isinstance(command, Submit):
+                try:
+                    self.scheduler.add(command.request)
+                except (InvalidRequest, QueueFull) as error:
+                    answers.append(reject(command.request.request_id, error))
+            elif isinstance(command, Abort):
+                events.extend(self.scheduler.abort(command.request_id, command.reason))
+            elif isinstance(command, FlushCache):
+                answers.append(Reply(command.call_id, count=self.scheduler.flush_cache()))
+        return events, answers
+
+    def step(self) -> list[SequenceEvent]:
+        """Plan, execute, update, once. Empty when there was nothing to do."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        result = self._executor.execute(plan)
+        self.digest = _extend(self.digest, result)
+        return self.scheduler.update(result)
+
+    def follow(self, inputs: StepInputs) -> None:
+        """One step of a further rank. Raises IntegrityError when it no longer agrees with the first."""
+        if inputs.digest != self.digest:
+            raise IntegrityError(
+                f"ranks diverged before step {inputs.step}: this one chose other tokens than the first "
+                f"(digest {self.digest:08x}, expected {inputs.digest:08x})"
+            )
+        self.apply(inputs.commands)
+        self.step()
+
+
+def reject(request_id: str, error: LockstepError) -> Rejected:
+    """The message that tells a client why its request was not admitted."""
+    return Rejected(
+        request_id,
+        kind=type(error).__name__,
+        message=str(error),
+        param=getattr(error, "param", None),
+        code=getattr(error, "code", "invalid_value"),
+        retry_after_s=getattr(error, "retry_after_s", 1.0),
+    )
+
+
+def _extend(digest: int, result: StepResult) -> int:
+    for sequence in result.sequences:
+        for token_id in sequence.token_ids:
+            digest = zlib.crc32(token_id.to_bytes(4, "little"), digest)
+    return digest

@@ -1,0 +1,126 @@
+"""Opening a model without loading it: files, tokenizer, platform, resolved options."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lockstep.config import Decision, EngineConfig, ModelFacts, Resolution, gather, resolve, wanted
+from lockstep.config.option import AUTO
+from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import ModelFileError
+from lockstep.core.output import ModelCard
+from lockstep.formats import ModelFiles, embedded_model_path, open_model
+from lockstep.platforms.base import Platform
+from lockstep.platforms.registry import pick_platform
+from lockstep.tokenizer.loading import load_tokenizer
+from lockstep.tokenizer.tokenizer import Tokenizer
+from lockstep.tokenizer.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that is known but not loaded, and everything decided about running it."""
+
+    files: ModelFiles
+    platform: Platform
+    capabilities: Capabilities
+    facts: ModelFacts
+    config: EngineConfig
+    decisions: tuple[Decision, ...]
+
+    @property
+    def card(self) -> ModelCard:
+        """What clients may know."""
+        return ModelCard(
+            name=self.config.model.served_model_name,
+            path=str(self.files.path),
+            architecture=self.facts.architecture,
+            context_length=self.config.model.context_length,
+            vocab_size=self.facts.vocab_size,
+            dtype=self.config.model.dtype,
+            quantization=self.facts.stored_dtype,
+            pooling=self.files.pooling,
+            num_parameters=self.facts.num_parameters,
+            eos_token_ids=self.files.eos_token_ids,
+        )
+
+
+def open_files(model: str | None, revision: str | None = None) -> ModelFiles:
+    """The named model's files, or the embedded one's. Raises ModelFileError."""
+    return open_model(embedded_model_path() if model is None else model, revision=revision)
+
+
+def open_tokenizer(files: ModelFiles, tokenizer: str | None, chat_template: str | None) -> Tokenizer:
+    """The model's tokenizer, or the one named, with the chat template of a file if one is named.
+
+    Raises ModelFileError.
+    """
+    loaded = load_tokenizer(files if tokenizer is None else open_model(tokenizer))
+    if chat_template is not None:
+        try:
+            source = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelFileError(f"--chat-template {chat_template} cannot be read: {error}") from error
+        special_tokens = loaded.chat_template.special_tokens if loaded.chat_template is not None else {}
+        loaded.chat_template = ChatTemplate(source, special_tokens)
+    return loaded
+
+
+def open_for_running(options: Mapping[str, Any]) -> OpenedModel:
+    """Everything short of weights. `options` are names of the configuration's options, plain or as Given.
+
+    Raises ConfigError, ModelFileError or OutOfMemory.
+    """
+    given = gather(options)
+    files = open_files(wanted(given, "model"), wanted(given, "revision"))
+    device = wanted(given, "device")
+    platform = pick_platform(AUTO if device is None else device)
+    capabilities = platform.capabilities()
+    facts = model_facts(files)
+    resolution = resolve(given, facts, capabilities, available_bytes=platform.memory().available_bytes)
+    return OpenedModel(files, platform, capabilities, facts, resolution.config, resolution.decisions)
+
+
+def model_facts(files: ModelFiles) -> ModelFacts:
+    """Numbers for the resolver, from the files' headers."""
+    config = files.config
+    heads = config["num_attention_heads"]
+    bytes_by_type: Counter[str] = Counter()
+    num_parameters = 0
+    for info in files.tensors.values():
+        bytes_by_type[info.storage_type] += info.nbytes
+        count = 1
+        for size in info.shape:
+            count *= size
+        num_parameters += count
+    most = bytes_by_type.most_common(1)[0][0] if bytes_by_type else "F32"
+    words = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    return ModelFacts(
+        name=files.name,
+        architecture=(config.get("architectures") or ["unknown"])[0],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        hidden_size=config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        context_length=config.get("max_position_embeddings") or 2048,
+        num_parameters=num_parameters,
+        weight_bytes=sum(bytes_by_type.values()),
+        stored_dtype=words.get(most, most.lower()),
+    )
+
+
+def resolve_options(options: Mapping[str, Any]) -> Resolution:
+    """Every option decided, with reasons; headers are read, weights are not."""
+    opened = open_for_running(options)
+    return Resolution(opened.config, opened.decisions)
+
+
+def reopen(files: ModelFiles, platform: Platform, config: EngineConfig) -> OpenedModel:
+    """The same model on a further rank, under a configuration that the first rank resolved."""
+    return OpenedModel(files, platform, platform.capabilities(), model_facts(files), config, ())

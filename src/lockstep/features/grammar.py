@@ -1,0 +1,176 @@
+"""Grammars to token masks, by way of the llguidance library. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+from lockstep.core.errors import IntegrityError, InvalidRequest
+from lockstep.core.sampling import Grammar
+from lockstep.features.guidance_vocabulary import GuidanceVocabulary
+from lockstep.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+    from numpy.typing import NDArray
+
+# The whitespace of json.dumps and no other: models know it well, and a small model that may write blanks
+# wherever JSON allows them can go on writing them for ever.
+_JSON_STYLE: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+_NAMES = {
+    "json_schema": "JSON schema",
+    "json_object": "JSON grammar",
+    "regex": "regular expression",
+    "ebnf": "EBNF grammar",
+}
+
+# llguidance's word for: no token can follow and the grammar is not satisfied.
+_NO_TEXT = "NoExtensionBias"
+
+_GBNF_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill_mask(self, row: NDArray[np.int32]) -> None:
+        """Sets bit i % 32 of `row[i // 32]` exactly for the tokens i that may come next.
+
+        `row` may be wider than the tokenizer's vocabulary (the rest is forbidden) or narrower. End tokens are
+        allowed when the answer may end; nothing else is once it must, or after `error`.
+        """
+        import numpy as np
+
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        num_words = min(len(row), len(words))
+        row[:num_words] = words[:num_words]
+        row[num_words:] = 0
+
+    def accept(self, token_id: int) -> bool:
+        """Moves past a token. False, with `error` set, when the grammar does not allow it."""
+        return self._matcher.consume_token(token_id)
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forgets the last accepted tokens. Raises IntegrityError when there are not so many."""
+        if not self._matcher.rollback(num_tokens):
+            raise IntegrityError(f"a grammar cannot go back {num_tokens} tokens: {self.error}")
+
+    @property
+    def complete(self) -> bool:
+        """True when nothing but an end token may follow."""
+        return self._matcher.is_stopped()
+
+    @property
+    def may_end(self) -> bool:
+        """True when the text so far is an answer."""
+        return self._matcher.is_accepting()
+
+    @property
+    def error(self) -> str:
+        """Why the grammar cannot go on, or an empty string."""
+        return _reason(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+class GrammarCompiler:
+    """Makes grammar states for one tokenizer; compiled grammars are kept, least recently used leave first."""
+
+    def __init__(self, tokenizer: Tokenizer, *, cache_size: int = 64) -> None:
+        self._tokenizer = tokenizer
+        self._compiled = lru_cache(maxsize=cache_size)(self._compile)
+
+    def validate(self, grammar: Grammar) -> None:
+        """Raises InvalidRequest with the reason when the grammar cannot be used."""
+        self._compiled(grammar)
+
+    def start(self, grammar: Grammar) -> GrammarState:
+        """A state before the first token. Raises InvalidRequest like `validate`."""
+        return GrammarState(self._compiled(grammar).deep_copy())
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        table = cast("TokenizerWrapper", GuidanceVocabulary(self._tokenizer))
+        return LLTokenizer(table, eos_token=list(self._tokenizer.eos_token_ids))
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        matcher = LLMatcher(
+            self._vocabulary, _translate(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False)
+        )
+        # The first mask is where a grammar that matches nothing, or is far too large, shows itself.
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        error = _reason(matcher.get_error()) if matcher.is_error() else ""
+        if matcher.is_stopped() and not matcher.is_accepting() and error in ("", _NO_TEXT):
+            raise InvalidRequest(f"the {_NAMES[grammar.kind]} matches no text at all")
+        if error:
+            raise InvalidRequest(f"the {_NAMES[grammar.kind]} cannot be used: {error}")
+        return matcher
+
+
+def _translate(grammar: Grammar) -> str:
+    """The grammar in llguidance's own notation. Raises InvalidRequest when it cannot be read."""
+    from llguidance import LLMatcher
+
+    match grammar.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON_STYLE)
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(_read_schema(grammar.source), overrides=_JSON_STYLE)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "ebnf":
+            return LLMatcher.grammar_from_lark(_lark(grammar.source))
+
+
+def _read_schema(source: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the JSON schema is not JSON: {error}") from error
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"a JSON schema is an object, not {json.dumps(schema)[:40]}")
+    return schema
+
+
+def _lark(source: str) -> str:
+    """Lark as it is; GBNF (llama.cpp's notation, whose start rule is `root`) translated."""
+    from llguidance.gbnf_to_lark import any_to_lark, is_lark_syntax
+
+    if is_lark_syntax(source):
+        return source
+    try:
+        return any_to_lark(_GBNF_ESCAPE.sub(_spell_out, source))
+    except Exception as error:  # the converter raises bare Exception
+        raise InvalidRequest(f"the EBNF grammar cannot be read: {_reason(str(error))}") from error
+
+
+def _spell_out(escape: re.Match[str]) -> str:
+    r"""A GBNF escape such as ``\u00e9`` in a form that Lark has too: the character, or ``\x41`` in ASCII."""
+    digits = escape[1] or escape[2] or escape[3]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if code > 0x10FFFF or 0xD800 <= code < 0xE000:
+        raise ValueError(f"{escape[0]} is not a character")
+    return chr(code) if code >= 0x80 else f"\\x{code:02x}"
+
+
+def _reason(message: str) -> str:
+    """The line of a library's message that says what is wrong."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    cause = next(
+        (line for line in lines if line.startswith("error: ")), lines[0] if lines else "unknown reason"
+    )
+    return cause.removeprefix("error: ")[:300]

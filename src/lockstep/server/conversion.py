@@ -1,0 +1,150 @@
+"""From request bodies to core requests. Pure: of the engine it asks facts and a grammar check, nothing more."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.core.errors import InvalidRequest
+from lockstep.core.request import Pooling, Request
+from lockstep.core.sampling import Grammar, SamplingParams
+from lockstep.engine.client import EngineClient
+from lockstep.server.schema.base import OpenAIFields, SamplingFields
+
+_PLAIN_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "n",
+    "include_stop",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as given and as ids. `text` is None when the client sent ids."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id such as ``cmpl-3f2c...``."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def sampling_params(fields: SamplingFields, *, grammar: Grammar | None = None, **given: Any) -> SamplingParams:
+    """The sampling parameters that `fields` and the keywords ask for; None keeps core's default.
+
+    Raises InvalidRequest naming the field.
+    """
+    chosen: dict[str, Any] = {name: getattr(fields, name) for name in _PLAIN_FIELDS} | given
+    chosen |= {
+        "stop": tuple(fields.stop or ()),
+        "stop_token_ids": tuple(fields.stop_token_ids or ()),
+        "logit_bias": _logit_bias(fields.logit_bias or {}),
+        "grammar": grammar,
+    }
+    return SamplingParams(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): bias for token_id, bias in given.items()}
+    except ValueError:
+        raise InvalidRequest('logit_bias maps token ids such as "42" to numbers', param="logit_bias") from None
+
+
+def requested_grammar(fields: SamplingFields) -> Grammar | None:
+    """The one constraint that the body asks for. Raises InvalidRequest when it asks for two."""
+    found: dict[str, Grammar] = {}
+    if fields.regex is not None:
+        found["regex"] = Grammar("regex", fields.regex)
+    if fields.ebnf is not None:
+        found["ebnf"] = Grammar("ebnf", fields.ebnf)
+    if fields.json_schema is not None:
+        schema = fields.json_schema
+        found["json_schema"] = Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+    shape = fields.response_format if isinstance(fields, OpenAIFields) else None
+    if shape is not None and shape.json_schema is not None:
+        found["response_format"] = Grammar("json_schema", json.dumps(shape.json_schema.schema_))
+    elif shape is not None and shape.type == "json_object":
+        found["response_format"] = Grammar("json_object")
+    if len(found) > 1:
+        names = " and ".join(found)
+        raise InvalidRequest(f"{names} exclude each other; give one of them", param=list(found)[-1])
+    return next(iter(found.values()), None)
+
+
+def encode_prompt(
+    client: EngineClient, prompt: str | Sequence[int], *, add_special_tokens: bool, param: str
+) -> Prompt:
+    """Ids of one prompt. Raises InvalidRequest when it is empty or holds an id that the model does not have."""
+    if isinstance(prompt, str):
+        found = Prompt(tuple(client.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)), prompt)
+    else:
+        found = Prompt(tuple(prompt))
+        check_token_ids(client, found.token_ids, param)
+    if not found.token_ids:
+        raise InvalidRequest(f"{param} is empty; it needs at least one token", param=param)
+    return found
+
+
+def check_token_ids(client: EngineClient, token_ids: Sequence[int], param: str) -> None:
+    """Raises InvalidRequest for the first id outside the vocabulary."""
+    vocab_size = client.card.vocab_size
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"token id {wrong} is out of range; this model has 0 to {vocab_size - 1}", param=param
+        )
+
+
+def make_request(
+    client: EngineClient,
+    request_id: str,
+    prompt: Prompt,
+    params: SamplingParams,
+    *,
+    prompt_param: str,
+    max_tokens_param: str = "max_tokens",
+    priority: int | None = None,
+    deadline_s: float | None = None,
+    pooling: Pooling | None = None,
+) -> Request:
+    """A request that fits this model. Raises InvalidRequest when prompt and answer exceed its context."""
+    num_prompt, limit = len(prompt.token_ids), client.card.context_length
+    num_new = 0 if pooling else 1
+    if num_prompt + num_new > limit:
+        raise InvalidRequest(
+            f"the prompt has {num_prompt} tokens; this model's context holds {limit}, answer included",
+            param=prompt_param,
+            code="context_length_exceeded",
+        )
+    if params.max_tokens is not None and num_prompt + params.max_tokens > limit:
+        raise InvalidRequest(
+            f"{max_tokens_param} {params.max_tokens} and the prompt's {num_prompt} tokens exceed the model's "
+            f"context of {limit}; ask for at most {limit - num_prompt}",
+            param=max_tokens_param,
+            code="context_length_exceeded",
+        )
+    check_token_ids(client, params.stop_token_ids, "stop_token_ids")
+    check_token_ids(client, tuple(params.logit_bias), "logit_bias")
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt.token_ids,
+        params=params,
+        priority=priority or 0,
+        deadline_s=deadline_s,
+        pooling=pooling,
+    )

@@ -1,0 +1,133 @@
+"""Listening: the socket, the signals, and the order in which engine and server start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from lockstep.config.components import ServerOptions
+from lockstep.core.errors import ConfigError
+from lockstep.engine.client import EngineClient
+from lockstep.server.app import create_app
+
+GRACE_S = 5
+"""Time that open connections get to end once their requests were aborted."""
+
+BACKLOG = 2048
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ConfigError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use; choose another with --port, or 0 for a free one"
+            ) from None
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error}") from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of a listening socket, as a user types it into a browser."""
+    host, port = listener.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{reachable}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with signals left to `serve`: uvicorn raises them again, which would skip closing the engine."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    client: EngineClient, options: ServerOptions, *, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Listens, starts the client, serves until SIGINT or SIGTERM, aborts what runs, closes the client.
+
+    The port is taken first, so that a taken one is known before a model loads. `on_ready` gets the address.
+    Raises ConfigError and whatever `client.start` raises.
+    """
+    listener = bind(options.host, options.port)
+    try:
+        await _serve_on(listener, client, options, on_ready)
+    finally:
+        listener.close()
+
+
+async def _serve_on(
+    listener: socket.socket,
+    client: EngineClient,
+    options: ServerOptions,
+    on_ready: Callable[[str], None] | None,
+) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        if not await _unless_stopped(stop, client):
+            return
+        if on_ready:
+            on_ready(url_of(listener))
+        await run_app(create_app(client, options), listener, stop, client, log_level=options.log_level)
+    finally:
+        await client.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _unless_stopped(stop: asyncio.Event, client: EngineClient) -> bool:
+    """Starts the client; False when a signal came first."""
+    starting = asyncio.ensure_future(client.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return False
+    starting.result()
+    return True
+
+
+async def run_app(
+    app: FastAPI, listener: socket.socket, stop: asyncio.Event, client: EngineClient, *, log_level: str = "info"
+) -> None:
+    """Serves the app on the socket until `stop` is set; requests still running are aborted, then given 5 s."""
+    config = uvicorn.Config(
+        app,
+        log_level=log_level,
+        access_log=log_level == "debug",
+        timeout_graceful_shutdown=GRACE_S,
+        lifespan="off",
+        server_header=False,
+    )
+    server = _Server(config)
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            server.should_exit = True
+            await client.abort_all()
+        await serving
+    finally:
+        stopping.cancel()
+        server.should_exit = True
+        await asyncio.gather(serving, return_exceptions=True)

@@ -1,0 +1,59 @@
+"""A response of server-sent events, and what becomes of it when the engine fails or the client hangs up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from lockstep.core.errors import LockstepError
+from lockstep.server.errors import body_of, response_of
+from lockstep.server.wire import DONE_EVENT, OUTCOME, ClientDisconnected, event, until_disconnect
+
+
+class EventStream(Response):
+    """Server-sent events from an async generator, which is closed when the client hangs up.
+
+    The status line waits for the first event: an error before it is an ordinary error response; an error
+    after it is sent as an event, and the stream ends without [DONE].
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await until_disconnect(receive, self._send_all(scope, receive, send))
+        except ClientDisconnected:
+            scope[OUTCOME] = "disconnected"
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        started = False
+        async with aclosing(self._events) as events:
+            try:
+                async for chunk in events:
+                    if not started:
+                        await send(head)
+                        started = True
+                    await send(_piece(chunk))
+                last = DONE_EVENT
+            except LockstepError as error:
+                if not started:
+                    await response_of(error)(scope, receive, send)
+                    return
+                scope[OUTCOME] = "server_error"
+                last = event(body_of(error))
+        await send(_piece(last))
+        await send(_piece(b"", more=False))
+
+
+def _piece(body: bytes, *, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}
