@@ -58,7 +58,7 @@ def pick_backend(name: str, preference: Sequence[str], signature: Signature) -> 
         if reason is not None:
             raise ConfigError(f"--attention-backend {name} cannot be used: {reason}")
         return known[name](), "asked for"
-    refused = []
+    refused: list[str] = []
     for candidate in (*preference, "reference"):
         reason = known[candidate].refuses(signature)
         if reason is None:

@@ -22,7 +22,7 @@ def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
     from lockstep.engine.llm import LLM
 
     with loading_bar() as progress:
-        llm = LLM(progress=progress, **options)
+        llm = LLM(progress=progress, options=options)
     try:
         yield llm
     finally:

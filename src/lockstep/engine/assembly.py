@@ -13,7 +13,8 @@ from lockstep.core.output import ModelCard
 from lockstep.core.probe import Probe
 from lockstep.engine.build import BuiltRank, Progress, build_rank
 from lockstep.engine.loop import EngineLoop
-from lockstep.engine.opening import OpenedModel, open_files, open_for_running, open_tokenizer, reopen
+from lockstep.engine.model_files import open_files, open_tokenizer
+from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
 from lockstep.parallel.processes import connect
 from lockstep.platforms.registry import load_platform

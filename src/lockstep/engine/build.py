@@ -17,6 +17,7 @@ from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.memory import MemoryLine, pages_that_fit
 from lockstep.executor.null import NullExecutor
 from lockstep.executor.runner import Executor, ModelRunner
+from lockstep.executor.threads import ThreadGovernor
 from lockstep.features.grammar import GrammarCompiler
 from lockstep.features.structured import StructuredOutput
 from lockstep.formats import ModelFiles
@@ -111,6 +112,7 @@ def build_rank(
             device=device,
             hooks=hooks,
             probe=probe,
+            governor=ThreadGovernor(config.device.threads, platform.set_num_threads),
         )
         return runner, pool
 

@@ -18,7 +18,11 @@ class EngineClient(Protocol):
 
     card: ModelCard
     tokenizer: Tokenizer
-    is_alive: bool
+
+    @property
+    def is_alive(self) -> bool:
+        """True while requests are taken."""
+        ...
 
     async def start(self) -> None:
         """Builds or reaches the engine; `card` and `tokenizer` are valid afterwards."""
@@ -29,7 +33,7 @@ class EngineClient(Protocol):
         ...
 
     def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        """Outputs of one request until it is finished; closing the iterator early aborts the request.
+        """Outputs of one request until it ends: an async generator, whose early `aclose` aborts the request.
 
         A request with `pooling` set yields one output with its `embedding`. Raises InvalidRequest, QueueFull
         and, also in the middle, EngineDead.

@@ -13,7 +13,7 @@ from typing import Any
 
 from lockstep.config import Decision, EngineConfig, gather
 from lockstep.config.components import ENGINE_OPTIONS
-from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError, QueueFull
+from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.probe import Probe
 from lockstep.core.request import FinishReason, Pooling, Request
@@ -22,6 +22,7 @@ from lockstep.core.step import TokenLogprob
 from lockstep.engine.assembly import Engine
 from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Submit
 from lockstep.engine.output import OutputProcessor
+from lockstep.engine.rejection import rejection
 from lockstep.executor.memory import MemoryLine
 from lockstep.ops.selection import Binding
 from lockstep.tokenizer.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ class LLM:
     """A model, loaded and ready, in this process.
 
     `model` is a Hugging Face directory, a .gguf file or a Hub id; None is the embedded small model. Keyword options
-    are those of the command line (`context_length`, `tp`, `dtype`...). `progress` is called with a stage, how much
+    are those of the command line (`context_length`, `tp`, `dtype`...); `options` takes them as a mapping. `progress` is called with a stage, how much
     is done and how much there is.
 
     One step runs at a time; whoever waits for an output runs it, so several threads and tasks may share an LLM.
@@ -83,13 +84,15 @@ class LLM:
 
     def __init__(
         self,
-        model: Any = None,
+        model: str | None = None,
         *,
         progress: Callable[[str, int, int], None] | None = None,
         probe: Probe | None = None,
-        **options: Any,
+        options: Mapping[str, Any] | None = None,
+        **keywords: Any,
     ) -> None:
-        given = gather({"model": model, **options}, allowed=ENGINE_OPTIONS)
+        named = {**(options or {}), **keywords}
+        given = gather(named if model is None else {**named, "model": model}, allowed=ENGINE_OPTIONS)
         report = (lambda done, total: progress("Loading weights", done, total)) if progress is not None else None
         self._engine = Engine(given, progress=report, probe=probe)
         self.tokenizer: Tokenizer = self._engine.tokenizer
@@ -296,13 +299,6 @@ class LLM:
                 self._commands.append(Abort(request_id))
             if self._commands and not self._closed and not self._inboxes:
                 self._pump()
-
-
-def rejection(answer: Rejected) -> LockstepError:
-    """The error that the engine meant."""
-    if answer.kind == "QueueFull":
-        return QueueFull(answer.message, retry_after_s=answer.retry_after_s)
-    return InvalidRequest(answer.message, param=answer.param, code=answer.code)
 
 
 def _collect(request: Request, outputs: Generator[RequestOutput, None, None]) -> Completion:

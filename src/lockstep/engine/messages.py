@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from lockstep.config import EngineConfig
+from lockstep.config.given import Source
 from lockstep.core.output import EngineStats, ModelCard
 from lockstep.core.request import FinishReason, Request
 from lockstep.core.step import SequenceEvent
@@ -108,10 +109,9 @@ class StepInputs(msgspec.Struct, frozen=True):
 class EngineSpec(msgspec.Struct, frozen=True):
     """How to start an engine process: the options its user gave, by name, with their source."""
 
-    options: dict[str, Any]
+    options: dict[str, tuple[Any, Source]]
     commands_address: str
     events_address: str
-    run_dir: str
 
 
 class WorkerSpec(msgspec.Struct, frozen=True):
@@ -119,7 +119,6 @@ class WorkerSpec(msgspec.Struct, frozen=True):
 
     config: EngineConfig
     rank: int
-    num_pages: int | None
     inputs_address: str
     events_address: str
     store: str

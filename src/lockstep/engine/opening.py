@@ -1,24 +1,20 @@
-"""Opening a model without loading it: files, tokenizer, platform, resolved options."""
+"""Opening a model without loading it: files, platform, resolved options."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lockstep.config import Decision, EngineConfig, ModelFacts, Resolution, gather, resolve, wanted
 from lockstep.config.option import AUTO
 from lockstep.core.capabilities import Capabilities
-from lockstep.core.errors import ModelFileError
 from lockstep.core.output import ModelCard
-from lockstep.formats import ModelFiles, embedded_model_path, open_model
+from lockstep.engine.model_files import open_files
+from lockstep.formats import ModelFiles
 from lockstep.platforms.base import Platform
 from lockstep.platforms.registry import pick_platform
-from lockstep.tokenizer.loading import load_tokenizer
-from lockstep.tokenizer.tokenizer import Tokenizer
-from lockstep.tokenizer.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -47,27 +43,6 @@ class OpenedModel:
             num_parameters=self.facts.num_parameters,
             eos_token_ids=self.files.eos_token_ids,
         )
-
-
-def open_files(model: str | None, revision: str | None = None) -> ModelFiles:
-    """The named model's files, or the embedded one's. Raises ModelFileError."""
-    return open_model(embedded_model_path() if model is None else model, revision=revision)
-
-
-def open_tokenizer(files: ModelFiles, tokenizer: str | None, chat_template: str | None) -> Tokenizer:
-    """The model's tokenizer, or the one named, with the chat template of a file if one is named.
-
-    Raises ModelFileError.
-    """
-    loaded = load_tokenizer(files if tokenizer is None else open_model(tokenizer))
-    if chat_template is not None:
-        try:
-            source = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelFileError(f"--chat-template {chat_template} cannot be read: {error}") from error
-        special_tokens = loaded.chat_template.special_tokens if loaded.chat_template is not None else {}
-        loaded.chat_template = ChatTemplate(source, special_tokens)
-    return loaded
 
 
 def open_for_running(options: Mapping[str, Any]) -> OpenedModel:

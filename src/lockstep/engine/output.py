@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lockstep.core.output import CompletionDelta, RequestOutput
 from lockstep.core.request import Request
-from lockstep.core.step import SequenceEvent
+from lockstep.core.step import SequenceEvent, TokenLogprob
 from lockstep.tokenizer.detokenizer import IncrementalDetokenizer
 from lockstep.tokenizer.stops import StopMatcher
 from lockstep.tokenizer.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class RequestStream:
     def push(self, events: Sequence[SequenceEvent]) -> RequestOutput | None:
         """What the events mean for the client; None when all of it is held back or belongs to ended choices."""
         deltas = []
-        prompt_logprobs: tuple = ()
+        prompt_logprobs: tuple[TokenLogprob, ...] = ()
         embedding = None
         for event in events:
             choice = self._choices[event.index]
@@ -77,7 +77,8 @@ class RequestStream:
 
     def _advance(self, choice: _Choice, event: SequenceEvent) -> CompletionDelta:
         params = self.request.params
-        text, taken, stop = "", 0, None
+        text, taken = "", 0
+        stop: str | None = None
         shown = event.token_ids
         if event.stop_token_id is not None and not params.include_stop:
             # The token that ended the answer is counted, but its text is not part of it.
@@ -93,7 +94,8 @@ class RequestStream:
             text += released
             if stop is not None:
                 break
-        reason, matched = event.finish_reason, event.stop_token_id
+        reason = event.finish_reason
+        matched: str | int | None = event.stop_token_id
         if stop is not None:
             self.engine_unaware = reason is None or self.engine_unaware
             reason, matched = "stop", stop

@@ -39,7 +39,7 @@ class Ranks:
             address = f"ipc://{run_dir}/rank-{rank}"
             socket.bind(address)
             self._inputs.append(socket)
-            spec = WorkerSpec(config, rank, None, address, events_address, str(self.store))
+            spec = WorkerSpec(config, rank, address, events_address, str(self.store))
             self._workers.append(start_process("lockstep.engine.worker_main", spec))
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:

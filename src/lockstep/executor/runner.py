@@ -20,6 +20,7 @@ from lockstep.executor.inputs import StepInputs, build_inputs
 from lockstep.executor.logprobs import prompt_logprobs, token_logprobs
 from lockstep.executor.sampler import Sampler
 from lockstep.executor.sequences import SequenceState, SequenceTable
+from lockstep.executor.threads import ThreadGovernor
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
 from lockstep.models.llm.decoder import DecoderModel
@@ -48,6 +49,7 @@ class ModelRunner:
         device: torch.device,
         hooks: Sequence[SamplerHook] = (),
         probe: Probe | None = None,
+        governor: ThreadGovernor | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -56,6 +58,7 @@ class ModelRunner:
         self._device = device
         self._hooks = tuple(hooks)
         self._probe = probe
+        self._governor = governor
         self._sampler = Sampler(eos_token_ids, hooks)
         self._sequences = SequenceTable()
 
@@ -65,6 +68,12 @@ class ModelRunner:
         self._follow(plan)
         if not plan.slices:
             return StepResult(plan.step_id)
+        if self._governor is None:
+            return self._compute(plan)
+        with self._governor.step():
+            return self._compute(plan)
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         inputs = build_inputs(plan, self._sequences, self._pool.page_size, self._device)
         if self._probe is not None:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
@@ -116,7 +125,7 @@ class ModelRunner:
         if num_top is None or end <= piece.start:
             return ()
         next_token_ids = state.token_ids[piece.start + 1 : end + 1]
-        return prompt_logprobs(rows_TD, self._model.logits, next_token_ids, num_top)
+        return tuple(prompt_logprobs(rows_TD, self._model.logits, next_token_ids, num_top))
 
     def _sample(
         self, sampling: list[tuple[SequenceState, int]], hidden_TD: torch.Tensor

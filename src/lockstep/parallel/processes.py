@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -26,13 +27,16 @@ def connect(axis: str, *, rank: int, size: int, store: Path, backend: str, devic
     meeting.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if backend == "gloo":
-        options = distributed.ProcessGroupGloo._Options()
-        options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        # torch's type stubs lack these two, and know no common base of the backends.
+        gloo: Any = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = timeout
-        return Mesh({axis: TorchGroup(distributed.ProcessGroupGloo(meeting, rank, size, options))})
+        return Mesh({axis: TorchGroup(gloo(meeting, rank, size, options))})
     if backend == "nccl":
         torch.cuda.set_device(device)
-        nccl_options = distributed.ProcessGroupNCCL.Options()
+        nccl: Any = distributed.ProcessGroupNCCL
+        nccl_options = nccl.Options()
         nccl_options._timeout = timeout
-        return Mesh({axis: TorchGroup(distributed.ProcessGroupNCCL(meeting, rank, size, nccl_options))})
+        return Mesh({axis: TorchGroup(nccl(meeting, rank, size, nccl_options))})
     raise ConfigError(f"unknown collective backend {backend!r} (known: gloo, nccl)")

@@ -22,6 +22,9 @@ GRACE_S = 5
 
 BACKLOG = 2048
 
+_UVICORN_LEVELS = {"debug": "info", "info": "warning"}
+"""uvicorn's news (each request, each start) are details here; the address is announced by `on_ready`."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises ConfigError when the address cannot be had."""
@@ -112,8 +115,7 @@ async def run_app(
     """Serves the app on the socket until `stop` is set; requests still running are aborted, then given 5 s."""
     config = uvicorn.Config(
         app,
-        log_level=log_level,
-        access_log=log_level == "debug",
+        log_level=_UVICORN_LEVELS.get(log_level, log_level),
         timeout_graceful_shutdown=GRACE_S,
         lifespan="off",
         server_header=False,

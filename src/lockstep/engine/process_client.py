@@ -1,0 +1,242 @@
+"""The client of engines that run in processes of their own. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from lockstep.config import Given, gather, wanted
+from lockstep.config.components import ENGINE_OPTIONS
+from lockstep.core.errors import EngineDead, LockstepError
+from lockstep.core.output import EngineStats, ModelCard, RequestOutput
+from lockstep.core.request import Request
+from lockstep.core.sampling import Grammar
+from lockstep.engine.messages import Abort, AskStats, FlushCache, Rejected, Reply, Sequences, Submit
+from lockstep.engine.model_files import open_files, open_tokenizer
+from lockstep.engine.output import OutputProcessor
+from lockstep.engine.rejection import rejection
+from lockstep.engine.replica import Replica
+from lockstep.features.grammar import GrammarCompiler
+from lockstep.tokenizer.tokenizer import Tokenizer
+
+_LOG = logging.getLogger("lockstep.engine")
+CALL_TIMEOUT_S = 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+
+_Inbox = asyncio.Queue[RequestOutput | LockstepError]
+
+
+class _Seat:
+    """The place of one replica: its process now, what it owes, and its restarts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.replica: Replica | None = None
+        self.processor = OutputProcessor(tokenizer)
+        self.inboxes: dict[str, _Inbox] = {}
+        self.calls: dict[int, asyncio.Future[Reply]] = {}
+
+    def fail(self, error: LockstepError) -> None:
+        """Everybody who waits for this engine learns that it is gone."""
+        for request_id, inbox in self.inboxes.items():
+            self.processor.drop(request_id)
+            inbox.put_nowait(error)
+        for call in self.calls.values():
+            if not call.done():
+                call.set_exception(error)
+        self.calls.clear()
+
+
+class ProcessClient:
+    """An EngineClient over `dp` engine processes, which are restarted when they die.
+
+    `options` are names of the configuration's options, plain or as Given. A request goes to the replica with the
+    fewest unfinished ones. When a replica dies its requests end with EngineDead and a new process is started.
+    """
+
+    card: ModelCard
+    tokenizer: Tokenizer
+
+    def __init__(
+        self, options: Mapping[str, Any], *, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._given: dict[str, Given] = {
+            name: given for name, given in gather(options).items() if name in ENGINE_OPTIONS
+        }
+        self._on_progress = on_progress
+        self._numbers = itertools.count()
+        self._seats: list[_Seat] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    @property
+    def is_alive(self) -> bool:
+        """True while at least one replica takes requests."""
+        return any(seat.replica is not None for seat in self._seats)
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """Process ids of the running replicas."""
+        return [seat.replica.pid for seat in self._seats if seat.replica is not None and seat.replica.pid]
+
+    async def start(self) -> None:
+        """Opens the tokenizer here and starts the engines. Raises what stopped them."""
+        self.tokenizer = await asyncio.to_thread(self._open_tokenizer)
+        self._grammars = GrammarCompiler(self.tokenizer)
+        self._seats = [_Seat(self.tokenizer) for _ in range(wanted(self._given, "dp"))]
+        started = [asyncio.Event() for _ in self._seats]
+        self._keepers = [
+            asyncio.create_task(self._keep(seat, event)) for seat, event in zip(self._seats, started, strict=True)
+        ]
+        waits = [asyncio.create_task(event.wait()) for event in started]
+        try:
+            for wait, keeper in zip(waits, self._keepers, strict=True):
+                await asyncio.wait({wait, keeper}, return_when=asyncio.FIRST_COMPLETED)
+                if keeper.done():
+                    keeper.result()
+        except BaseException:
+            await self.close()
+            raise
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def close(self) -> None:
+        """Ends every request and every engine. May be called twice."""
+        self._closing = True
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._keepers = []
+        for seat in self._seats:
+            seat.fail(EngineDead("the server is shutting down"))
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """See EngineClient."""
+        seat = self._least_loaded()
+        inbox: _Inbox = asyncio.Queue()
+        seat.inboxes[request.request_id] = inbox
+        seat.processor.add(request)
+        replica = seat.replica
+        try:
+            await self._send(seat, Submit(request))
+            while True:
+                found = await inbox.get()
+                if isinstance(found, LockstepError):
+                    raise found
+                yield found
+                if found.finished:
+                    return
+        finally:
+            seat.inboxes.pop(request.request_id, None)
+            if seat.processor.drop(request.request_id) and seat.replica is replica and replica is not None:
+                # The reader left early. Sending cannot block, and must not be cut by the reader's cancellation.
+                await asyncio.shield(replica.send(Abort(request.request_id)))
+
+    async def abort(self, request_id: str) -> bool:
+        """See EngineClient."""
+        for seat in self._seats:
+            if request_id in seat.inboxes:
+                await self._send(seat, Abort(request_id))
+                return True
+        return False
+
+    async def abort_all(self) -> int:
+        """See EngineClient."""
+        request_ids = [request_id for seat in self._seats for request_id in seat.inboxes]
+        return sum([await self.abort(request_id) for request_id in request_ids])
+
+    async def flush_cache(self) -> int:
+        """See EngineClient."""
+        replies = await asyncio.gather(*(self._call(seat, FlushCache) for seat in self._seats))
+        return sum(reply.count for reply in replies)
+
+    async def stats(self) -> EngineStats:
+        """The sum over replicas; times are the slowest's."""
+        replies = await asyncio.gather(*(self._call(seat, AskStats) for seat in self._seats))
+        return _total([reply.stats for reply in replies if reply.stats is not None])
+
+    def validate_grammar(self, grammar: Grammar) -> None:
+        """See EngineClient."""
+        self._grammars.validate(grammar)
+
+    def _open_tokenizer(self) -> Tokenizer:
+        files = open_files(wanted(self._given, "model"), wanted(self._given, "revision"))
+        return open_tokenizer(files, wanted(self._given, "tokenizer"), wanted(self._given, "chat_template"))
+
+    def _least_loaded(self) -> _Seat:
+        alive = [seat for seat in self._seats if seat.replica is not None]
+        if not alive:
+            raise EngineDead("the engine is restarting; try again in a few seconds")
+        return min(alive, key=lambda seat: len(seat.inboxes))
+
+    async def _send(self, seat: _Seat, command: Submit | Abort | AskStats | FlushCache) -> None:
+        if seat.replica is None:
+            raise EngineDead("the engine is restarting; try again in a few seconds")
+        await seat.replica.send(command)
+
+    async def _call(self, seat: _Seat, kind: type[AskStats] | type[FlushCache]) -> Reply:
+        call_id = next(self._numbers)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        seat.calls[call_id] = answer
+        try:
+            await self._send(seat, kind(call_id))
+            return await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise EngineDead(f"the engine did not answer within {CALL_TIMEOUT_S:.0f} s") from None
+        finally:
+            seat.calls.pop(call_id, None)
+
+    async def _keep(self, seat: _Seat, started: asyncio.Event) -> None:
+        """Keeps an engine in this seat until cancelled. A failure before the first start is the caller's."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            replica = Replica(self._given, None if started.is_set() else self._on_progress)
+            try:
+                self.card = (await replica.start()).card
+                seat.replica = replica
+                started.set()
+                pause_s = FIRST_PAUSE_S
+                await self._pump(seat, replica)
+            except LockstepError as error:
+                if not started.is_set():
+                    raise
+                _LOG.error("%s; starting it again", error)
+                seat.replica = None
+                seat.fail(EngineDead(f"{error}; the request was not completed"))
+            finally:
+                seat.replica = None
+                await asyncio.shield(replica.close())
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _pump(self, seat: _Seat, replica: Replica) -> None:
+        """Carries the replica's events to their readers until it dies, which raises EngineDead."""
+        while True:
+            event = await replica.receive()
+            if isinstance(event, Sequences):
+                outputs, to_abort = seat.processor.push(event.events)
+                for output in outputs:
+                    seat.inboxes[output.request_id].put_nowait(output)
+                for request_id in to_abort:
+                    await replica.send(Abort(request_id))
+            elif isinstance(event, Rejected):
+                if seat.processor.drop(event.request_id):
+                    seat.inboxes[event.request_id].put_nowait(rejection(event))
+            elif isinstance(event, Reply):
+                call = seat.calls.get(event.call_id)
+                if call is not None and not call.done():
+                    call.set_result(event)
+
+
+def _total(snapshots: list[EngineStats]) -> EngineStats:
+    def combine(name: str) -> Any:
+        values = [getattr(snapshot, name) for snapshot in snapshots]
+        if name == "uptime_s":
+            return min(values, default=0.0)
+        return max(values, default=0) if name in ("last_step_s", "page_size") else sum(values)
+
+    return EngineStats(**{field.name: combine(field.name) for field in fields(EngineStats)})

@@ -1,0 +1,141 @@
+"""One engine process, seen from its client. Free of torch."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from lockstep.config import Given
+from lockstep.core.errors import ConfigError, EngineDead, LockstepError, ModelFileError, OutOfMemory
+from lockstep.engine.messages import (
+    Command,
+    EngineSpec,
+    Event,
+    Failed,
+    LoadProgress,
+    Ready,
+    Shutdown,
+    decode_event,
+    encode,
+)
+from lockstep.engine.ranks import new_run_dir
+
+GRACE_S = 5.0
+_START_ERRORS: dict[str, type[LockstepError]] = {
+    kind.__name__: kind for kind in (ConfigError, ModelFileError, OutOfMemory)
+}
+
+
+class Replica:
+    """Starts an engine process, carries commands and events, ends it. One life: a new process needs a new Replica.
+
+    The child holds the read end of a pipe whose write end is ours, so it cannot outlive this process.
+    """
+
+    def __init__(self, options: Mapping[str, Given], on_progress: Callable[[int, int], None] | None = None) -> None:
+        self._options = options
+        self._on_progress = on_progress
+        self._run_dir: TemporaryDirectory[str] | None = None
+        self._context: zmq.asyncio.Context | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self.last_word: Failed | None = None
+
+    async def start(self) -> Ready:
+        """Returns when the engine takes requests. Raises what stopped it: ConfigError, ModelFileError, OutOfMemory
+        or EngineDead."""
+        self._run_dir = new_run_dir()
+        folder = Path(self._run_dir.name)
+        self._context = zmq.asyncio.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._events = self._context.socket(zmq.PULL)
+        addresses = [f"ipc://{folder}/{name}" for name in ("commands", "events")]
+        for socket, address in zip((self._commands, self._events), addresses, strict=True):
+            socket.set_hwm(0)
+            socket.bind(address)
+        spec = EngineSpec(
+            {name: (given.value, given.source) for name, given in self._options.items()}, addresses[0], addresses[1]
+        )
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "lockstep.engine.engine_main",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
+        await self._process.stdin.drain()
+        return await self._ready()
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id."""
+        return self._process.pid if self._process is not None else None
+
+    async def send(self, command: Command) -> None:
+        """Never waits for the engine: the queue between us is unbounded, requests are bounded by its scheduler."""
+        await self._commands.send(encode(command))
+
+    async def receive(self) -> Event:
+        """The next event. Raises EngineDead when the process has ended and said all it had to say."""
+        arriving = asyncio.ensure_future(self._events.recv())
+        assert self._process is not None
+        ending = asyncio.ensure_future(self._process.wait())
+        try:
+            await asyncio.wait({arriving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not arriving.done():
+                # The last events of a process may still be in the socket when its end is known.
+                await asyncio.wait({arriving}, timeout=0.2)
+            if not arriving.done():
+                raise EngineDead(self._obituary())
+            event = decode_event(arriving.result())
+        finally:
+            for task in (arriving, ending):
+                task.cancel()
+        if isinstance(event, Failed):
+            self.last_word = event
+        return event
+
+    async def close(self) -> None:
+        """Asks the engine to stop, then ends it; removes the private folder. May be called twice."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            await self.send(Shutdown())
+            try:
+                await asyncio.wait_for(process.wait(), GRACE_S)
+            except asyncio.TimeoutError:
+                process.kill()
+                await process.wait()
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
+        if self._context is not None:
+            self._commands.close(linger=0)
+            self._events.close(linger=0)
+            self._context.term()
+            self._context = None
+        if self._run_dir is not None:
+            self._run_dir.cleanup()
+            self._run_dir = None
+
+    async def _ready(self) -> Ready:
+        while True:
+            event = await self.receive()
+            if isinstance(event, Ready):
+                return event
+            if isinstance(event, LoadProgress) and self._on_progress is not None:
+                self._on_progress(event.num_loaded, event.num_total)
+            if isinstance(event, Failed):
+                raise _START_ERRORS.get(event.kind, EngineDead)(event.message)
+
+    def _obituary(self) -> str:
+        code = self._process.returncode if self._process is not None else None
+        cause = f": {self.last_word.message}" if self.last_word is not None else ""
+        return f"the engine process ended unexpectedly (exit code {code}){cause}"
