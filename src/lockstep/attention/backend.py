@@ -35,7 +35,9 @@ class AttentionBackend(ABC):
         """None when the backend serves layers of this signature, else the reason."""
 
     @abstractmethod
-    def plan(self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device) -> Any:
+    def plan(
+        self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
+    ) -> Any:
         """Everything about a step that its layers share. Rows of q follow the spans' order."""
 
     @abstractmethod
@@ -53,7 +55,9 @@ def pick_backend(name: str, preference: Sequence[str], signature: Signature) -> 
     known: dict[str, type[AttentionBackend]] = {kind.name: kind for kind in (TorchBackend, ReferenceBackend)}
     if name != "auto":
         if name not in known:
-            raise ConfigError(f"unknown attention backend {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+            raise ConfigError(
+                f"unknown attention backend {name!r}{nearest(name, known)} (known: {', '.join(known)})"
+            )
         reason = known[name].refuses(signature)
         if reason is not None:
             raise ConfigError(f"--attention-backend {name} cannot be used: {reason}")

@@ -112,7 +112,9 @@ class ReferenceBackend(AttentionBackend):
     ) -> tuple[Span, ...]:
         return tuple(Span(span.start, span.num_tokens, tuple(span.page_ids)) for span in spans)
 
-    def run(self, plan: tuple[Span, ...], q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+    def run(
+        self, plan: tuple[Span, ...], q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec
+    ) -> torch.Tensor:
         return paged_attention(q_TNH, kv.k_NPSH, kv.v_NPSH, plan, spec.scale, spec.window, spec.soft_cap)
 
 
@@ -181,7 +183,8 @@ def _run_decode(group: _DecodeGroup, q_BNH: torch.Tensor, kv: LayerKV, spec: Att
 
 def _run_extend(item: _ExtendItem, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
     k_1KLH, v_1KLH = (
-        pool.index_select(1, item.pages_P).flatten(1, 2)[None, :, : item.num_keys] for pool in (kv.k_NPSH, kv.v_NPSH)
+        pool.index_select(1, item.pages_P).flatten(1, 2)[None, :, : item.num_keys]
+        for pool in (kv.k_NPSH, kv.v_NPSH)
     )
     mask_TL = item.seen_TL[spec.window]
     out_1NTH = torch.nn.functional.scaled_dot_product_attention(

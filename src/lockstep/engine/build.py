@@ -26,6 +26,7 @@ from lockstep.layers.build import Build
 from lockstep.models.loading.sources import StoredWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_class
+from lockstep.ops.contract import Kernel
 from lockstep.ops.selection import Binding, KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform
@@ -44,7 +45,6 @@ class BuiltRank:
     core: EngineCore
     num_pages: int
     bindings: tuple[Binding, ...]
-    attention: tuple[str, str]
     memory: tuple[MemoryLine, ...]
     unused_weights: tuple[str, ...]
 
@@ -68,8 +68,10 @@ def build_rank(
     """
     platform.set_num_threads(config.device.threads)
     if platform.name == "null":
-        core = EngineCore(_scheduler(files, config, _num_pages_configured(config)), NullExecutor(facts.vocab_size))
-        return BuiltRank(core, _num_pages_configured(config), (), ("none", "nothing is computed"), (), ())
+        core = EngineCore(
+            _scheduler(files, config, _num_pages_configured(config)), NullExecutor(facts.vocab_size)
+        )
+        return BuiltRank(core, _num_pages_configured(config), (), (), ())
     device = platform.device(mesh.rank("tp"))
     stored = StoredWeights(FileWeights(files))
     build = Build(
@@ -101,7 +103,7 @@ def build_rank(
             num_pages=num_pages,
             page_size=config.cache.page_size,
             dtype=build.kv_dtype,
-            device=device,
+            allocate=lambda shape, dtype: platform.zeros(shape, dtype, mesh.rank("tp")),
         )
         runner = ModelRunner(
             model,
@@ -123,14 +125,18 @@ def build_rank(
     runner, pool = runner_with(num_pages, (StructuredOutput(GrammarCompiler(tokenizer)),))
     if check:
         first_step(runner, num_tokens=2)
+    filling = ", taken as it fills" if platform.gives_memory_on_write else ""
+    pages = f"{num_pages} pages of {pool.page_size} tokens, {config.cache.kv_cache_dtype}{filling}"
     lines = (
         MemoryLine("weights", build.weight_bytes, f"{config.model.dtype}, this rank's part"),
-        MemoryLine("KV pool", pool.total_bytes, f"{num_pages} pages of {pool.page_size} tokens, {config.cache.kv_cache_dtype}"),
+        MemoryLine("KV pool", pool.total_bytes, pages),
+    )
+    attends = Binding(
+        "paged_attention", "every layer", Kernel("paged_attention", attention.name, attention.run), why
     )
     core = EngineCore(_scheduler(files, config, num_pages), runner)
-    return BuiltRank(
-        core, num_pages, tuple(build.kernels.bindings), (attention.name, why), lines, tuple(stored.unused())
-    )
+    bindings = (*build.kernels.bindings, attends)
+    return BuiltRank(core, num_pages, bindings, lines, tuple(stored.unused()))
 
 
 def first_step(executor: Executor, *, num_tokens: int) -> None:
@@ -144,7 +150,11 @@ def first_step(executor: Executor, *, num_tokens: int) -> None:
 
 
 def _measure_pages(
-    config: EngineConfig, platform: Platform, mesh: Mesh, build: Build, runner_with: Callable[[int], ModelRunner]
+    config: EngineConfig,
+    platform: Platform,
+    mesh: Mesh,
+    build: Build,
+    runner_with: Callable[[int], ModelRunner],
 ) -> int:
     """Pages that fit beside the weights and the workspace of the largest step, the same on every rank."""
     page_size, chunk = config.cache.page_size, config.scheduler.chunked_prefill_size

@@ -93,7 +93,9 @@ class LLM:
     ) -> None:
         named = {**(options or {}), **keywords}
         given = gather(named if model is None else {**named, "model": model}, allowed=ENGINE_OPTIONS)
-        report = (lambda done, total: progress("Loading weights", done, total)) if progress is not None else None
+        report = (
+            (lambda done, total: progress("Loading weights", done, total)) if progress is not None else None
+        )
         self._engine = Engine(given, progress=report, probe=probe)
         self.tokenizer: Tokenizer = self._engine.tokenizer
         self._processor = OutputProcessor(self.tokenizer)
@@ -129,9 +131,13 @@ class LLM:
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if single else prompts
-        per_prompt = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        per_prompt = (
+            [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        )
         if len(per_prompt) != len(many):
-            raise InvalidRequest(f"{len(many)} prompts were given with {len(per_prompt)} params", param="params")
+            raise InvalidRequest(
+                f"{len(many)} prompts were given with {len(per_prompt)} params", param="params"
+            )
         requests = [self._request(prompt, one) for prompt, one in zip(many, per_prompt, strict=True)]
         return self._complete(requests)
 
@@ -139,11 +145,15 @@ class LLM:
         """The answer to a conversation. `template` goes to the model's chat template."""
         return self._complete([self._request(self._chat_prompt(messages, template), params)])[0]
 
-    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: Pooling | None = None) -> list[tuple[float, ...]]:
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling | None = None
+    ) -> list[tuple[float, ...]]:
         """Unit vectors of prompts. `pooling` defaults to the model's own; InvalidRequest when it declares none."""
         kind = pooling or self._engine.opened.files.pooling
         if kind is None:
-            raise InvalidRequest("this model declares no pooling: say pooling='mean' or 'last'", param="pooling")
+            raise InvalidRequest(
+                "this model declares no pooling: say pooling='mean' or 'last'", param="pooling"
+            )
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Sequence[Any] = [prompts] if single else prompts
         vectors = []
@@ -155,7 +165,9 @@ class LLM:
                 vectors.append(output.embedding or ())
         return vectors
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Outputs of one prompt as they come. Closing the generator ends the request."""
         (request,) = self._submit([self._request(prompt, params)])
         return self._follow(request)
@@ -166,7 +178,9 @@ class LLM:
         """Outputs of the answer to a conversation, as they come."""
         return self.stream(self._chat_prompt(messages, template), params)
 
-    async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[RequestOutput]:
         """`stream` for asyncio: steps run in a thread, so the event loop stays free."""
         (request,) = self._submit([self._request(prompt, params)])
         try:
@@ -196,11 +210,6 @@ class LLM:
         """Which kernel serves each call site, and why."""
         return list(self._engine.rank.bindings)
 
-    @property
-    def attention_report(self) -> tuple[str, str]:
-        """The attention backend and why it was chosen."""
-        return self._engine.rank.attention
-
     def close(self) -> None:
         """Ends the workers and releases the model. May be called twice."""
         self._closed = True
@@ -217,7 +226,9 @@ class LLM:
     def _chat_prompt(self, messages: Messages, template: Mapping[str, Any]) -> list[int]:
         chat_template = self.tokenizer.chat_template
         if chat_template is None:
-            raise InvalidRequest("this model has no chat template; use generate(), or give one: chat_template=FILE")
+            raise InvalidRequest(
+                "this model has no chat template; use generate(), or give one: chat_template=FILE"
+            )
         # The template writes the special tokens itself.
         return self.tokenizer.encode(chat_template.render(messages, **template), add_special_tokens=False)
 
@@ -226,7 +237,9 @@ class LLM:
         vocab_size = self._engine.opened.facts.vocab_size
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param="prompt")
+                raise InvalidRequest(
+                    f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param="prompt"
+                )
         return Request(
             request_id=f"local-{next(self._numbers)}",
             prompt_token_ids=tuple(token_ids),

@@ -89,7 +89,8 @@ class ProcessClient:
         self._seats = [_Seat(self.tokenizer) for _ in range(wanted(self._given, "dp"))]
         started = [asyncio.Event() for _ in self._seats]
         self._keepers = [
-            asyncio.create_task(self._keep(seat, event)) for seat, event in zip(self._seats, started, strict=True)
+            asyncio.create_task(self._keep(seat, event))
+            for seat, event in zip(self._seats, started, strict=True)
         ]
         waits = [asyncio.create_task(event.wait()) for event in started]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,10 +120,10 @@ def follow_lifeline() -> None:
     """Ends this process as soon as the one that started it is gone or lets go."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # The bare descriptor: a buffered reader would hold a lock that the interpreter wants when it ends.
+        while os.read(0, 4096):
+            pass
         # The main thread may be inside a collective that waits for a peer that is gone: nothing else ends that.
-        import os
-
         os._exit(0)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()

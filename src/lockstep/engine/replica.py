@@ -39,7 +39,9 @@ class Replica:
     The child holds the read end of a pipe whose write end is ours, so it cannot outlive this process.
     """
 
-    def __init__(self, options: Mapping[str, Given], on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self, options: Mapping[str, Given], on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
         self._options = options
         self._on_progress = on_progress
         self._run_dir: TemporaryDirectory[str] | None = None
@@ -60,7 +62,9 @@ class Replica:
             socket.set_hwm(0)
             socket.bind(address)
         spec = EngineSpec(
-            {name: (given.value, given.source) for name, given in self._options.items()}, addresses[0], addresses[1]
+            {name: (given.value, given.source) for name, given in self._options.items()},
+            addresses[0],
+            addresses[1],
         )
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -29,7 +29,8 @@ def token_logprobs(
         rows = zip(best.indices.tolist(), best.values.tolist(), num_top, strict=True)
         tops = [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in rows]
     return tuple(
-        TokenLogprob(token_id, logprob, top) for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
+        TokenLogprob(token_id, logprob, top)
+        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
     )
 
 

@@ -172,6 +172,8 @@ def _pool_rows(state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -
         state.hidden_sum_D = total if state.hidden_sum_D is None else state.hidden_sum_D + total
     if piece.start + piece.num_tokens < state.num_prompt_tokens:
         return SequenceResult(piece.seq_id)
-    vector_D = rows_TD[-1].float() if state.hidden_sum_D is None else state.hidden_sum_D / state.num_prompt_tokens
+    vector_D = (
+        rows_TD[-1].float() if state.hidden_sum_D is None else state.hidden_sum_D / state.num_prompt_tokens
+    )
     unit_D = torch.nn.functional.normalize(vector_D, dim=0)
     return SequenceResult(piece.seq_id, embedding=tuple(unit_D.tolist()))

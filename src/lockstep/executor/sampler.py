@@ -72,7 +72,11 @@ class Sampler:
             ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
             logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
         if state.num_generated_tokens < params.min_tokens:
-            banned = [token_id for token_id in (*self._eos_token_ids, *params.stop_token_ids) if token_id < len(logits_V)]
+            banned = [
+                token_id
+                for token_id in (*self._eos_token_ids, *params.stop_token_ids)
+                if token_id < len(logits_V)
+            ]
             logits_V[banned] = float("-inf")
 
     def _draw(
@@ -148,7 +152,11 @@ def _wanted(params: SamplingParams) -> int:
 
 
 def _keep(
-    best_RC: torch.Tensor, log_total_R1: torch.Tensor, states: Sequence[SequenceState], rows: list[int], vocab_size: int
+    best_RC: torch.Tensor,
+    log_total_R1: torch.Tensor,
+    states: Sequence[SequenceState],
+    rows: list[int],
+    vocab_size: int,
 ) -> tuple[torch.Tensor, bool]:
     """Weights of the sorted candidates after top-k, then top-p of what is left, then min-p; zero where cut.
 

@@ -33,7 +33,9 @@ def head_parts(
         kv_start, kv_share = rank * num_kv_heads // num_ranks, 1
         q_start, q_share = share(num_heads, rank, num_ranks)
     else:
-        raise ConfigError(f"{num_heads} query and {num_kv_heads} KV heads cannot be shared out over --tp {num_ranks}")
+        raise ConfigError(
+            f"{num_heads} query and {num_kv_heads} KV heads cannot be shared out over --tp {num_ranks}"
+        )
     kv = (num_kv_heads * head_dim, kv_start * head_dim, kv_share * head_dim)
     return (
         Part(f"{where}.q_proj", num_heads * head_dim, q_start * head_dim, q_share * head_dim),
@@ -45,7 +47,9 @@ def head_parts(
 class Attention:
     """Stores new keys and values, then attends with the backend bound for the step."""
 
-    def __init__(self, build: Build, where: str, heads: tuple[int, int], head_dim: int, spec: AttentionSpec) -> None:
+    def __init__(
+        self, build: Build, where: str, heads: tuple[int, int], head_dim: int, spec: AttentionSpec
+    ) -> None:
         num_heads, num_kv_heads = heads
         self._spec = spec
         self._layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec)
@@ -95,14 +99,23 @@ class SelfAttention:
         self._head_dim = head_dim
         self._num_heads, self._num_kv_heads = parts[0].length // head_dim, parts[1].length // head_dim
         self._dtype, self._kv_dtype = build.dtype, build.kv_dtype
-        self._qkv = ColumnParallelLinear(build, f"{where}.qkv_proj", parts, hidden_size, bias=qkv_bias, axis=axis)
+        self._qkv = ColumnParallelLinear(
+            build, f"{where}.qkv_proj", parts, hidden_size, bias=qkv_bias, axis=axis
+        )
         self._out = RowParallelLinear(
-            build, f"{where}.o_proj", parts[0].as_input(f"{where}.o_proj"), hidden_size, bias=out_bias, axis=axis
+            build,
+            f"{where}.o_proj",
+            parts[0].as_input(f"{where}.o_proj"),
+            hidden_size,
+            bias=out_bias,
+            axis=axis,
         )
         self._norms: tuple[RMSNorm, RMSNorm] | None = None
         if head_norm_eps is not None:
             q_norm, k_norm = (
-                RMSNorm(build, f"{where}.{name}", head_dim, head_norm_eps, stored_minus_one=norm_stored_minus_one)
+                RMSNorm(
+                    build, f"{where}.{name}", head_dim, head_norm_eps, stored_minus_one=norm_stored_minus_one
+                )
                 for name in ("q_norm", "k_norm")
             )
             self._norms = (q_norm, k_norm)

@@ -13,7 +13,9 @@ from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_whole, gather
 
 
-def _vocab_rows(build: Build, name: str, vocab_size: int, width: int, axis: Axis) -> tuple[torch.Tensor, int, int]:
+def _vocab_rows(
+    build: Build, name: str, vocab_size: int, width: int, axis: Axis
+) -> tuple[torch.Tensor, int, int]:
     """This rank's rows, padded to ceil(V / ranks) rows of zeros; with the first row's id and the padded count."""
     group = build.mesh.group(axis)
     share = -(-vocab_size // group.size)
@@ -32,7 +34,14 @@ class VocabEmbedding:
     """
 
     def __init__(
-        self, build: Build, name: str, vocab_size: int, width: int, *, scale: float | None = None, axis: Axis = TP
+        self,
+        build: Build,
+        name: str,
+        vocab_size: int,
+        width: int,
+        *,
+        scale: float | None = None,
+        axis: Axis = TP,
     ) -> None:
         self.where = name
         self._axis = axis
@@ -47,7 +56,9 @@ class VocabEmbedding:
         else:
             local_T = token_ids_T - self._start
             mine_T = (local_T >= 0) & (local_T < self._count)
-            found_TD = torch.nn.functional.embedding(local_T.where(mine_T, local_T.new_zeros(())), self._rows_VD)
+            found_TD = torch.nn.functional.embedding(
+                local_T.where(mine_T, local_T.new_zeros(())), self._rows_VD
+            )
             out_TD = found_TD * mine_T.unsqueeze(-1)
         if self._scale is not None:
             out_TD = out_TD * self._scale

@@ -74,7 +74,14 @@ class ColumnParallelLinear:
     """
 
     def __init__(
-        self, build: Build, where: str, parts: Sequence[Part], num_inputs: int, *, bias: bool = False, axis: Axis = TP
+        self,
+        build: Build,
+        where: str,
+        parts: Sequence[Part],
+        num_inputs: int,
+        *,
+        bias: bool = False,
+        axis: Axis = TP,
     ) -> None:
         self.where = where
         self._axis = axis
@@ -87,7 +94,9 @@ class ColumnParallelLinear:
             for part in (parts if bias else ())
         ]
         packed_bias = torch.cat(biases) if biases else None
-        self._product = Product(build, where, weights[0] if len(weights) == 1 else torch.cat(weights), packed_bias)
+        self._product = Product(
+            build, where, weights[0] if len(weights) == 1 else torch.cat(weights), packed_bias
+        )
         self._point = build.point(where, ("token", "output"), f"sharded:{axis}:1")
 
     def __call__(self, x_TI: torch.Tensor) -> Sharded:
@@ -108,7 +117,9 @@ class RowParallelLinear:
     ) -> None:
         self.where = where
         self._axis = axis
-        weight_OI = build.weight(f"{part.name}.weight", (num_outputs, part.total), Slice(1, part.start, part.length))
+        weight_OI = build.weight(
+            f"{part.name}.weight", (num_outputs, part.total), Slice(1, part.start, part.length)
+        )
         is_first = build.mesh.rank(axis) == 0
         bias_O = build.weight(f"{part.name}.bias", (num_outputs,)) if bias and is_first else None
         self._product = Product(build, where, weight_OI, bias_O)

@@ -21,7 +21,14 @@ class GatedMLP:
     """down(activation(gate(x)) * up(x)). Takes a whole [T, D], gives Partial [T, D]."""
 
     def __init__(
-        self, build: Build, where: str, *, hidden_size: int, inner_size: int, activation: str = "silu", axis: Axis = TP
+        self,
+        build: Build,
+        where: str,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        activation: str = "silu",
+        axis: Axis = TP,
     ) -> None:
         if activation not in _ACTIVATIONS:
             raise ModelFileError(f"unknown activation {activation!r}{nearest(activation, _ACTIVATIONS)}")

@@ -17,7 +17,9 @@ class RMSNorm:
     `stored_minus_one`: the file keeps weight - 1 (Gemma); one is added when it is loaded, in float32.
     """
 
-    def __init__(self, build: Build, where: str, width: int, eps: float, *, stored_minus_one: bool = False) -> None:
+    def __init__(
+        self, build: Build, where: str, width: int, eps: float, *, stored_minus_one: bool = False
+    ) -> None:
         self.where = where
         self._eps = eps
         weight_D = build.weight(f"{where}.weight", (width,), dtype=torch.float32)
@@ -39,7 +41,9 @@ class AddRMSNorm:
     residual that was passed in must not be used again.
     """
 
-    def __init__(self, build: Build, where: str, width: int, eps: float, *, stored_minus_one: bool = False) -> None:
+    def __init__(
+        self, build: Build, where: str, width: int, eps: float, *, stored_minus_one: bool = False
+    ) -> None:
         self.where = where
         self._mesh = build.mesh
         self._eps = eps

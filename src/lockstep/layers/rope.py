@@ -40,8 +40,12 @@ class RopeSpec:
         """
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
         if kind not in _KINDS:
-            raise ModelFileError(f"unknown rope type {kind!r}{nearest(kind, _KINDS)} (known: {', '.join(_KINDS)})")
-        rest = tuple(sorted((k, v) for k, v in parameters.items() if k not in ("rope_type", "type", "rope_theta")))
+            raise ModelFileError(
+                f"unknown rope type {kind!r}{nearest(kind, _KINDS)} (known: {', '.join(_KINDS)})"
+            )
+        rest = tuple(
+            sorted((k, v) for k, v in parameters.items() if k not in ("rope_type", "type", "rope_theta"))
+        )
         return cls(float(parameters["rope_theta"]), rotated_dim, max_positions, kind, rest)
 
     def frequencies(self) -> tuple[torch.Tensor, float]:

@@ -24,7 +24,11 @@ def model_classes() -> dict[str, type[DecoderModel]]:
     for module in pkgutil.iter_modules(lockstep.models.llm.__path__):
         members = vars(importlib.import_module(f"lockstep.models.llm.{module.name}")).values()
         for member in members:
-            if isinstance(member, type) and issubclass(member, DecoderModel) and "architectures" in vars(member):
+            if (
+                isinstance(member, type)
+                and issubclass(member, DecoderModel)
+                and "architectures" in vars(member)
+            ):
                 found.update(dict.fromkeys(member.architectures, member))
     return found
 

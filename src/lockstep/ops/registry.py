@@ -33,7 +33,9 @@ def kernels(op: str) -> tuple[Kernel, ...]:
     """
     contract = contracts().get(op)
     if contract is None:
-        raise KernelError(f"unknown operator {op!r}{nearest(op, contracts())} (known: {', '.join(contracts())})")
+        raise KernelError(
+            f"unknown operator {op!r}{nearest(op, contracts())} (known: {', '.join(contracts())})"
+        )
     found = [Kernel(op=op, provider="reference", function=contract.reference, verified_on=("cpu",))]
     package = importlib.import_module(f"lockstep.ops.{op}.kernels")
     for module in pkgutil.iter_modules(package.__path__):

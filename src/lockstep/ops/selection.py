@@ -64,7 +64,9 @@ class KernelSelector:
         self.bindings.append(binding)
         return binding
 
-    def _bind_forced(self, op: str, where: str, signature: Signature, provider: str, *, required: bool) -> Binding:
+    def _bind_forced(
+        self, op: str, where: str, signature: Signature, provider: str, *, required: bool
+    ) -> Binding:
         for kernel in kernels(op):
             if kernel.provider == provider:
                 reason = self._refusal(kernel, signature)
@@ -110,7 +112,9 @@ class KernelSelector:
 def _check_signature(contract: Contract, signature: Signature) -> None:
     for key in signature:
         if key not in contract.signature:
-            raise KernelError(f"operator {contract.name!r} has no signature entry {key!r}{nearest(key, contract.signature)}")
+            raise KernelError(
+                f"operator {contract.name!r} has no signature entry {key!r}{nearest(key, contract.signature)}"
+            )
     missing = [key for key in contract.signature if key not in signature]
     if missing:
         raise KernelError(f"operator {contract.name!r} was bound without {', '.join(missing)}")

@@ -25,13 +25,15 @@ class Platform(ABC):
 
     `kernel_preference` orders kernel providers, best first: of the kernels that accept a call, the one whose
     provider stands first is bound. "reference" is appended when it is not listed.
-    `attention_preference` does the same for attention backends.
+    `attention_preference` does the same for attention backends. `gives_memory_on_write` says that `zeros` costs
+    nothing until it is written.
     """
 
     name: ClassVar[str]
     device_type: ClassVar[str]
     kernel_preference: ClassVar[tuple[str, ...]]
     attention_preference: ClassVar[tuple[str, ...]]
+    gives_memory_on_write: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -52,6 +54,12 @@ class Platform(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Return when everything submitted so far has run."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, index: int = 0) -> torch.Tensor:
+        """A large tensor of zeros on device `index`. A platform may take the memory when it is first written."""
+        import torch
+
+        return torch.zeros(shape, dtype=dtype, device=self.device(index))
 
     def set_num_threads(self, num_threads: int) -> None:  # noqa: B027 - most devices have no host threads to set
         """Use this many host threads for operators."""

@@ -19,7 +19,9 @@ ENTRY_POINT_GROUP = "lockstep.platforms"
 
 def platform_names() -> list[str]:
     """Built-in platforms, then those that installed packages offer through the entry point."""
-    outside = sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in _BUILT_IN)
+    outside = sorted(
+        point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in _BUILT_IN
+    )
     return [*_BUILT_IN, *outside]
 
 

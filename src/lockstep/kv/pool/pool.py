@@ -5,6 +5,7 @@ Shapes: N KV heads of this rank, P pages, S slots of a page, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,8 @@ class KVPool:
     """Keys and values of every layer, in pages of `page_size` slots.
 
     The pool owns memory and nothing else: which page belongs to whom is kv.index's business. Slot s of page p is
-    number p * page_size + s. Raises OutOfMemory when the device has no room.
+    number p * page_size + s. `allocate` gives zeros on the pool's device: slots that padding reads must be finite,
+    for 0 * NaN is NaN. Raises OutOfMemory when the device has no room.
     """
 
     def __init__(
@@ -46,21 +48,22 @@ class KVPool:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
-        device: torch.device,
+        allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.dtype = dtype
         self.total_bytes = sum(shape.bytes_per_token(dtype) for shape in layers) * num_pages * page_size
         try:
-            self.layers = tuple(self._allocate(shape, device) for shape in layers)
-        except (RuntimeError, MemoryError) as error:
+            self.layers = tuple(self._allocate(shape, allocate) for shape in layers)
+        except (RuntimeError, MemoryError, OSError) as error:
             raise OutOfMemory(
                 f"the KV pool needs {self.total_bytes / 2**30:.2f} GiB for {num_pages * page_size} tokens and the device "
                 "does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
             ) from error
 
-    def _allocate(self, shape: KVShape, device: torch.device) -> LayerKV:
+    def _allocate(
+        self, shape: KVShape, allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+    ) -> LayerKV:
         size = (shape.num_kv_heads, self.num_pages, self.page_size, shape.head_dim)
-        # Zeros, not garbage: slots that padding reads must be finite, for 0 * NaN is NaN.
-        return LayerKV(*(torch.zeros(size, dtype=self.dtype, device=device) for _ in range(2)))
+        return LayerKV(allocate(size, self.dtype), allocate(size, self.dtype))

@@ -44,7 +44,9 @@ class DecoderConfig:
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         for name in needed:
             if not isinstance(config.get(name), int):
-                raise ModelFileError(f"the model's config lacks {name!r}; is this a language model's config.json?")
+                raise ModelFileError(
+                    f"the model's config lacks {name!r}; is this a language model's config.json?"
+                )
         num_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
         positions = int(config.get("max_position_embeddings") or 2048)

@@ -28,7 +28,15 @@ class Gemma3Layer:
     """Each block's output is normalised before it is added, so its sum is resolved first."""
 
     def __init__(
-        self, build: Build, where: str, config: DecoderConfig, *, window: int, scale: float, soft_cap: float, bias: bool
+        self,
+        build: Build,
+        where: str,
+        config: DecoderConfig,
+        *,
+        window: int,
+        scale: float,
+        soft_cap: float,
+        bias: bool,
     ) -> None:
         width, eps = config.hidden_size, config.rms_norm_eps
         self.slides = window > 0
@@ -50,7 +58,9 @@ class Gemma3Layer:
         self._post_attention = RMSNorm(
             build, f"{where}.post_attention_layernorm", width, eps, stored_minus_one=True
         )
-        self._pre_mlp = AddRMSNorm(build, f"{where}.pre_feedforward_layernorm", width, eps, stored_minus_one=True)
+        self._pre_mlp = AddRMSNorm(
+            build, f"{where}.pre_feedforward_layernorm", width, eps, stored_minus_one=True
+        )
         self._mlp = GatedMLP(
             build,
             f"{where}.mlp",
@@ -58,7 +68,9 @@ class Gemma3Layer:
             inner_size=config.intermediate_size,
             activation=config.hidden_act,
         )
-        self._post_mlp = RMSNorm(build, f"{where}.post_feedforward_layernorm", width, eps, stored_minus_one=True)
+        self._post_mlp = RMSNorm(
+            build, f"{where}.post_feedforward_layernorm", width, eps, stored_minus_one=True
+        )
 
     def __call__(self, ctx: ForwardContext, residual_TD: torch.Tensor, cos_sin: _CosSin) -> torch.Tensor:
         """The residual stream after this block."""
@@ -77,7 +89,9 @@ class Gemma3Model(DecoderModel):
         self.config = config
         self._mesh = build.mesh
         width = config.hidden_size
-        self._embedding = VocabEmbedding(build, "model.embed_tokens", config.vocab_size, width, scale=width**0.5)
+        self._embedding = VocabEmbedding(
+            build, "model.embed_tokens", config.vocab_size, width, scale=width**0.5
+        )
         local = RopeSpec(
             float(settings.get("rope_local_base_freq") or 1e4), config.head_dim, config.max_position_embeddings
         )

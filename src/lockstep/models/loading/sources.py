@@ -25,7 +25,9 @@ class StoredWeights:
     def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: Slice | None) -> torch.Tensor:
         stored = tuple(self._source.info(name).shape)
         if stored != shape:
-            raise ModelFileError(f"weight {name} has shape {list(stored)}, but the model's config needs {list(shape)}")
+            raise ModelFileError(
+                f"weight {name} has shape {list(stored)}, but the model's config needs {list(shape)}"
+            )
         self._used.add(name)
         if part is None:
             return self._source.load(name, dtype)

@@ -30,7 +30,9 @@ def _residual_twice(update: torch.Tensor, residual: torch.Tensor, weight: torch.
     return add_rms_norm(update, 2 * residual, weight, eps)
 
 
-def _residual_not_updated(update: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> _Result:
+def _residual_not_updated(
+    update: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> _Result:
     return add_rms_norm(update, residual, weight, eps)[0], residual
 
 

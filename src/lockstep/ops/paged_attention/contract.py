@@ -42,28 +42,48 @@ def _cases() -> Iterator[Case]:
                     heads, kv_heads, page_size = sizes
                     lengths = [-(-(start + count) // page_size) for start, count in batch]
                     pages = torch.randperm(sum(lengths) + 3, generator=g).tolist()
-                    spans = [Span(start, count, [pages.pop() for _ in range(n)]) for (start, count), n in zip(batch, lengths, strict=True)]
+                    spans = [
+                        Span(start, count, [pages.pop() for _ in range(n)])
+                        for (start, count), n in zip(batch, lengths, strict=True)
+                    ]
                     q = normal(g, sum(count for _, count in batch), heads, 64, dtype=dtype)
-                    pools = [normal(g, kv_heads, sum(lengths) + 3, page_size, 64, dtype=dtype) for _ in range(2)]
+                    pools = [
+                        normal(g, kv_heads, sum(lengths) + 3, page_size, 64, dtype=dtype) for _ in range(2)
+                    ]
                     return q, pools[0], pools[1], spans, 0.125, *masks
 
                 signature = {"dtype": dtype, "head_dim": 64, "heads": heads, "kv_heads": kv_heads}
-                signature |= {"page_size": page_size, "window": window, "soft_cap": soft_cap, "pool_dtype": dtype}
-                yield Case(f"{dtype} {batch} {heads}/{kv_heads} page {page_size} window {window} cap {soft_cap}", signature, make)
+                signature |= {
+                    "page_size": page_size,
+                    "window": window,
+                    "soft_cap": soft_cap,
+                    "pool_dtype": dtype,
+                }
+                yield Case(
+                    f"{dtype} {batch} {heads}/{kv_heads} page {page_size} window {window} cap {soft_cap}",
+                    signature,
+                    make,
+                )
 
 
-def _sees_the_future(q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float) -> torch.Tensor:
+def _sees_the_future(
+    q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float
+) -> torch.Tensor:
     late = [Span(span.start + 1, span.num_tokens, span.page_ids) for span in spans]
     page_size = k.shape[2]
     fits = all(span.num_kv_tokens <= len(span.page_ids) * page_size for span in late)
     return paged_attention(q, k, v, late if fits else spans, scale * (1 if fits else 1.5), window, soft_cap)
 
 
-def _wrong_scale(q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float) -> torch.Tensor:
+def _wrong_scale(
+    q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float
+) -> torch.Tensor:
     return paged_attention(q, k, v, spans, scale * 1.1, window, soft_cap)
 
 
-def _pages_reversed(q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float) -> torch.Tensor:
+def _pages_reversed(
+    q: Any, k: Any, v: Any, spans: Any, scale: float, window: int, soft_cap: float
+) -> torch.Tensor:
     turned = [Span(span.start, span.num_tokens, list(span.page_ids)[::-1]) for span in spans]
     return paged_attention(q, k, v, turned, scale, window, soft_cap)
 
@@ -87,5 +107,9 @@ CONTRACT = Contract(
     cases=_cases,
     # Weights may be rounded to bf16 before the second product, as every fused kernel does.
     tolerance={torch.float32: Tolerance(3e-6, 1e-5), torch.bfloat16: Tolerance(6e-3, 2**-6)},
-    mutants={"sees one key too many": _sees_the_future, "wrong scale": _wrong_scale, "pages reversed": _pages_reversed},
+    mutants={
+        "sees one key too many": _sees_the_future,
+        "wrong scale": _wrong_scale,
+        "pages reversed": _pages_reversed,
+    },
 )

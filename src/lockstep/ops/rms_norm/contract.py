@@ -16,7 +16,11 @@ def _cases() -> Iterator[Case]:
         for rows, width, scale in ((1, 64, 1.0), (5, 577, 1.0), (3, 576, 300.0), (0, 64, 1.0), (2, 64, 0.0)):
 
             def make(
-                g: torch.Generator, rows: int = rows, width: int = width, scale: float = scale, dtype: torch.dtype = dtype
+                g: torch.Generator,
+                rows: int = rows,
+                width: int = width,
+                scale: float = scale,
+                dtype: torch.dtype = dtype,
             ) -> tuple[torch.Tensor, torch.Tensor, float]:
                 return normal(g, rows, width, dtype=dtype, scale=scale), normal(g, width, dtype=dtype) + 1, 1e-5
 

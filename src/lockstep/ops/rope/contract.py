@@ -14,7 +14,12 @@ from lockstep.ops.rope.reference import rope
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for out_dtype in {dtype, torch.float32}:
-            for tokens, heads, head_dim, rotated in ((1, 1, 64, 64), (5, 12, 64, 64), (3, 4, 128, 64), (0, 2, 32, 32)):
+            for tokens, heads, head_dim, rotated in (
+                (1, 1, 64, 64),
+                (5, 12, 64, 64),
+                (3, 4, 128, 64),
+                (0, 2, 32, 32),
+            ):
 
                 def make(
                     g: torch.Generator,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def rope(x_TNH: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def rope(
+    x_TNH: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
     """Rotate pairs (i, i + R/2) of the first R dims of each head by the token's angles; the rest passes through.
 
     float32 maths, one rounding to `out_dtype`. The pairing is NeoX's ("rotate half").

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 import platform as machine
 from functools import cache
@@ -14,7 +16,17 @@ from lockstep.platforms.base import MemoryFacts, Platform
 if TYPE_CHECKING:
     import torch
 
-_FEATURE_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
+_FEATURE_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+)
 
 
 def usable_cores() -> int:
@@ -65,6 +77,7 @@ class CpuPlatform(Platform):
     device_type = "cpu"
     kernel_preference = ("onednn", "torch", "reference")
     attention_preference = ("torch",)
+    gives_memory_on_write = True
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -105,6 +118,16 @@ class CpuPlatform(Platform):
 
     def synchronize(self) -> None:
         """Operators on the host have run when they return."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, index: int = 0) -> torch.Tensor:
+        """Anonymous memory, which the system gives page by page as it is written: a KV pool that is sized for many
+        requests costs what the running ones use."""
+        import torch
+
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
 
     def set_num_threads(self, num_threads: int) -> None:
         import torch

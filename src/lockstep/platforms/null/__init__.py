@@ -24,7 +24,10 @@ class NullPlatform(Platform):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            platform=self.name, device_type=self.device_type, device_name="null", fast_dtypes=("float32", "bfloat16")
+            platform=self.name,
+            device_type=self.device_type,
+            device_name="null",
+            fast_dtypes=("float32", "bfloat16"),
         )
 
     def memory(self, index: int = 0) -> MemoryFacts:

@@ -13,7 +13,9 @@ def _refuses(signature: Signature) -> str | None:
     return None
 
 
-def rope(x_TNH: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+def rope(
+    x_TNH: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
     """See the contract."""
     half = cos_TR2.shape[-1]
     x_TN2R2 = x_TNH.float().unflatten(-1, (2, half))
