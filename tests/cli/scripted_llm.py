@@ -32,11 +32,12 @@ class ScriptedLLM:
     on_token: Callable[[int], None] | None = None
 
     def __init__(
-        self, model: Any = None, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
+        self, model: Any = None, *, progress: Callable[[str, int, int], None] | None = None, options: Any = None, **keywords: Any
     ) -> None:
         if type(self).opening_failure is not None:
             raise type(self).opening_failure
-        self.options = {**options, "model": model} if model is not None else options
+        named = {**(options or {}), **keywords}
+        self.options = {**named, "model": model} if model is not None else named
         self.card = CARD
         self.asked: list[tuple[Any, SamplingParams]] = []
         self.closed = False

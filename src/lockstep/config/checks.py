@@ -22,8 +22,8 @@ def _tp_cuts_heads(at: Situation) -> None:
     tp, valid = at.decided["tp"], at.model.valid_tp()
     if tp not in valid:
         raise ConfigError(
-            f"--tp {tp} cannot cut {at.model.num_heads} query heads and {at.model.num_kv_heads} KV heads "
-            f"evenly; {at.model.name} takes --tp {_either(valid)}"
+            f"--tp {tp} cannot share out {at.model.num_heads} query heads and {at.model.num_kv_heads} KV "
+            f"heads; {at.model.name} takes --tp {_either(valid)}"
         )
 
 

@@ -92,7 +92,9 @@ class SamplingParams:
                 raise InvalidRequest("stop_token_ids takes token ids (integers from 0)", param="stop_token_ids")
         for token_id, bias in self.logit_bias.items():
             if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise InvalidRequest("logit_bias maps token ids (integers from 0) to numbers", param="logit_bias")
+                raise InvalidRequest(
+                    "logit_bias maps token ids (integers from 0) to numbers", param="logit_bias"
+                )
             if not isinstance(bias, (int, float)) or math.isnan(bias) or not -100.0 <= bias <= 100.0:
                 raise InvalidRequest("logit_bias values lie between -100 and 100", param="logit_bias")
 

@@ -21,7 +21,7 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler = scheduler
-        self._executor = executor
+        self.executor = executor
         self.digest = 0
 
     def apply(
@@ -47,7 +47,7 @@ class EngineCore:
         plan = self.scheduler.plan()
         if plan is None:
             return []
-        result = self._executor.execute(plan)
+        result = self.executor.execute(plan)
         self.digest = _extend(self.digest, result)
         return self.scheduler.update(result)
 

@@ -72,8 +72,8 @@ class LLM:
     """A model, loaded and ready, in this process.
 
     `model` is a Hugging Face directory, a .gguf file or a Hub id; None is the embedded small model. Keyword options
-    are those of the command line (`context_length`, `tp`, `dtype`...); `options` takes them as a mapping. `progress` is called with a stage, how much
-    is done and how much there is.
+    are those of the command line (`context_length`, `tp`, `dtype`...); `options` takes them as a mapping.
+    `progress` is called with a stage, how much is done and how much there is.
 
     One step runs at a time; whoever waits for an output runs it, so several threads and tasks may share an LLM.
     Raises ConfigError, ModelFileError, OutOfMemory while it is made.

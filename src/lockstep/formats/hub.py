@@ -20,8 +20,8 @@ def is_hub_id(spec: str) -> bool:
 def download(hub_id: str, revision: str | None = None, hint: str = "") -> Path:
     """The local snapshot of a Hub model, fetched where it is not cached yet.
 
-    `revision` is a branch, tag or commit. `hint` is appended to every refusal. Raises ModelFileError when huggingface_hub is not installed, the model
-    does not exist or may not be read, or there is no network.
+    `revision` is a branch, tag or commit; `hint` is appended to every refusal. Raises ModelFileError when
+    huggingface_hub is not installed, the model does not exist or may not be read, or there is no network.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -30,7 +30,9 @@ def download(hub_id: str, revision: str | None = None, hint: str = "") -> Path:
             f"{hub_id!r} is not a local path; to fetch it from the Hub, `pip install huggingface_hub`{hint}"
         ) from error
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
     except Exception as error:  # Its errors come from several HTTP libraries, by version.
         raise ModelFileError(f"{hub_id!r} is not a local path and {_reason(error)}{hint}") from error
 

@@ -28,6 +28,7 @@ class GatedMLP:
         hidden_size: int,
         inner_size: int,
         activation: str = "silu",
+        bias: bool = False,
         axis: Axis = TP,
     ) -> None:
         if activation not in _ACTIVATIONS:
@@ -37,8 +38,10 @@ class GatedMLP:
             Part.of(f"{where}.{name}", inner_size, group.rank, group.size)
             for name in ("gate_proj", "up_proj", "down_proj")
         )
-        self._gate_up = ColumnParallelLinear(build, f"{where}.gate_up_proj", (gate, up), hidden_size, axis=axis)
-        self._down = RowParallelLinear(build, f"{where}.down_proj", down, hidden_size, axis=axis)
+        self._gate_up = ColumnParallelLinear(
+            build, f"{where}.gate_up_proj", (gate, up), hidden_size, bias=bias, axis=axis
+        )
+        self._down = RowParallelLinear(build, f"{where}.down_proj", down, hidden_size, bias=bias, axis=axis)
         self._activate = build.bind(_ACTIVATIONS[activation], where, width=gate.length).function
 
     def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:

@@ -58,8 +58,8 @@ class KVPool:
             self.layers = tuple(self._allocate(shape, allocate) for shape in layers)
         except (RuntimeError, MemoryError, OSError) as error:
             raise OutOfMemory(
-                f"the KV pool needs {self.total_bytes / 2**30:.2f} GiB for {num_pages * page_size} tokens and the device "
-                "does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
+                f"the KV pool needs {self.total_bytes / 2**30:.2f} GiB for {num_pages * page_size} tokens and the "
+                "device does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
             ) from error
 
     def _allocate(

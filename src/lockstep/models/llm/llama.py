@@ -35,6 +35,8 @@ class LlamaLayer:
         first: bool,
         window: int = 0,
         qkv_bias: bool = False,
+        out_bias: bool = False,
+        mlp_bias: bool = False,
         head_norms: bool = False,
     ) -> None:
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -50,6 +52,7 @@ class LlamaLayer:
             head_dim=config.head_dim,
             spec=AttentionSpec(scale=config.head_dim**-0.5, window=window),
             qkv_bias=qkv_bias,
+            out_bias=out_bias,
             head_norm_eps=eps if head_norms else None,
         )
         self._post_norm = AddRMSNorm(build, f"{where}.post_attention_layernorm", width, eps)
@@ -59,6 +62,7 @@ class LlamaLayer:
             hidden_size=width,
             inner_size=config.intermediate_size,
             activation=config.hidden_act,
+            bias=mlp_bias,
         )
 
     def __call__(
@@ -87,6 +91,8 @@ class LlamaModel(DecoderModel):
         *,
         windows: tuple[int, ...] = (),
         qkv_bias: bool = False,
+        out_bias: bool = False,
+        mlp_bias: bool = False,
         head_norms: bool = False,
     ) -> None:
         self.config = config
@@ -101,6 +107,8 @@ class LlamaModel(DecoderModel):
                 first=index == 0,
                 window=windows[index] if windows else 0,
                 qkv_bias=qkv_bias,
+                out_bias=out_bias,
+                mlp_bias=mlp_bias,
                 head_norms=head_norms,
             )
             for index in range(config.num_hidden_layers)
@@ -110,7 +118,14 @@ class LlamaModel(DecoderModel):
 
     @classmethod
     def make(cls, build: Build, config: Mapping[str, Any]) -> LlamaModel:
-        return cls(build, DecoderConfig.parse(config), qkv_bias=bool(config.get("attention_bias", False)))
+        attention_bias = bool(config.get("attention_bias", False))
+        return cls(
+            build,
+            DecoderConfig.parse(config),
+            qkv_bias=attention_bias,
+            out_bias=attention_bias,
+            mlp_bias=bool(config.get("mlp_bias", False)),
+        )
 
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
         residual_TD = reduce(self._embedding(token_ids_T), self._mesh)

@@ -18,10 +18,12 @@ class Qwen3Model(LlamaModel):
     @classmethod
     def make(cls, build: Build, config: Mapping[str, Any]) -> Qwen3Model:
         parsed = DecoderConfig.parse(config)
+        attention_bias = bool(config.get("attention_bias", False))
         return cls(
             build,
             parsed,
             windows=layer_windows(config, parsed.num_hidden_layers),
-            qkv_bias=bool(config.get("attention_bias", False)),
+            qkv_bias=attention_bias,
+            out_bias=attention_bias,
             head_norms=True,
         )
