@@ -115,10 +115,15 @@ def num_pages(num_tokens: int) -> int:
 
 
 @torch.no_grad()
-def transformers_logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits [T, V] of transformers, each sequence in one forward of its own, attention written out."""
+def transformers_logits(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], **keywords: Any
+) -> list[torch.Tensor]:
+    """Logits [T, V] of transformers, each sequence in one forward of its own, attention written out.
+
+    `keywords` reach transformers' attention function.
+    """
     model.set_attn_implementation("eager")
-    return [model(torch.tensor([list(tokens)])).logits[0].float() for tokens in sequences]
+    return [model(torch.tensor([list(tokens)]), **keywords).logits[0].float() for tokens in sequences]
 
 
 def random_sequences(vocab_size: int, lengths: Sequence[int], seed: int = 3) -> list[list[int]]:
@@ -130,13 +135,21 @@ def random_sequences(vocab_size: int, lengths: Sequence[int], seed: int = 3) -> 
 
 def largest_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """The largest absolute difference of two lists of tensors; infinite where one is not a number."""
-    gaps = [(one - other).abs().nan_to_num(nan=torch.inf).max().item() for one, other in _pairs(found, expected)]
+    gaps = [
+        (one - other).abs().nan_to_num(nan=torch.inf).max().item() for one, other in _pairs(found, expected)
+    ]
     return max(gaps)
 
 
 def root_mean_square(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """The root mean square of all differences of two lists of tensors."""
-    return torch.cat([(one - other).flatten() for one, other in _pairs(found, expected)]).square().mean().sqrt().item()
+    return (
+        torch.cat([(one - other).flatten() for one, other in _pairs(found, expected)])
+        .square()
+        .mean()
+        .sqrt()
+        .item()
+    )
 
 
 def _pairs(

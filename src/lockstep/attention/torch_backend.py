@@ -20,13 +20,17 @@ from lockstep.ops.paged_attention.reference import Span, paged_attention
 class _DecodeGroup:
     """Sequences with one new token each and similar lengths, padded to common pages.
 
-    `rows_B` are their rows in q, None when the group is all of q in order. `bias` maps a window to what is added
+    `rows_B` are their rows in q, a slice when they lie together. `bias` maps a window to what is added
     to the scores: 0 for keys that are seen, -inf for padding and keys before the window.
     """
 
-    rows_B: torch.Tensor | None
+    rows_B: torch.Tensor | slice
     pages_BP: torch.Tensor
     bias_B1L: dict[int, torch.Tensor]
+
+    def covers(self, q_TNH: torch.Tensor) -> bool:
+        """True when its rows are all of q, in order."""
+        return isinstance(self.rows_B, slice) and self.rows_B.stop == q_TNH.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +88,12 @@ class TorchBackend(AttentionBackend):
         )
 
     def run(self, plan: TorchPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
-        if len(plan.decode) == 1 and plan.decode[0].rows_B is None:
+        if len(plan.decode) == 1 and plan.decode[0].covers(q_TNH):
             return _run_decode(plan.decode[0], q_TNH, kv, spec)
         if not plan.decode and len(plan.extend) == 1 and plan.extend[0].num_rows == q_TNH.shape[0]:
             return _run_extend(plan.extend[0], q_TNH, kv, spec)
         out_TNH = torch.zeros_like(q_TNH)
         for group in plan.decode:
-            assert group.rows_B is not None
             out_TNH[group.rows_B] = _run_decode(group, q_TNH[group.rows_B], kv, spec)
         for item in plan.extend:
             rows = slice(item.first_row, item.first_row + item.num_rows)
@@ -145,7 +148,7 @@ def _plan_decode(
             hidden_BL |= key_L < lengths_B1 - window
         zeros = torch.zeros(hidden_BL.shape, device=device)
         bias[window] = zeros.masked_fill_(hidden_BL, float("-inf")).unsqueeze(1)
-    row_index = None if whole else torch.tensor([row for row, _ in rows], device=device)
+    row_index = slice(0, len(rows)) if whole else torch.tensor([row for row, _ in rows], device=device)
     return _DecodeGroup(row_index, torch.tensor(table, device=device), bias)
 
 
@@ -175,8 +178,9 @@ def _run_decode(group: _DecodeGroup, q_BNH: torch.Tensor, kv: LayerKV, spec: Att
     shape = (num_kv_heads, batch, num_pages * page_size, head_dim)
     k_KBLH = kv.k_NPSH.index_select(1, pages).view(shape)
     v_KBLH = kv.v_NPSH.index_select(1, pages).view(shape)
-    q_KBGH = (q_BNH * spec.scale).to(k_KBLH.dtype).unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
-    scores_KBGL = torch.matmul(q_KBGH, k_KBLH.transpose(2, 3)).float().add_(group.bias_B1L[spec.window])
+    q_KBGH = (q_BNH.float() * spec.scale).unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
+    # In float32 whatever the pool holds: a score of 20 rounded to bfloat16 would move its weight by 8 percent.
+    scores_KBGL = torch.matmul(q_KBGH, k_KBLH.float().transpose(2, 3)).add_(group.bias_B1L[spec.window])
     weights_KBGL = torch.softmax(scores_KBGL, dim=-1).to(v_KBLH.dtype)
     return torch.matmul(weights_KBGL, v_KBLH).transpose(0, 1).flatten(1, 2).to(q_BNH.dtype)
 

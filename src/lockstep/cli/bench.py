@@ -15,21 +15,17 @@ from lockstep.config import Given
 _COUNT = click.IntRange(min=1)
 _option = section("Workload and output")
 
-_input_tokens = _option(
-    "--input-tokens", type=_COUNT, default=128, metavar="N", help="Tokens of a prompt.  [128]"
-)
-_output_tokens = _option(
-    "--output-tokens", type=_COUNT, default=128, metavar="N", help="Tokens of an answer.  [128]"
-)
 _seed = _option("--seed", type=int, default=0, metavar="N", help="Seed of the prompts.  [0]")
 _workload = _option(
     "--workload",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="JSON lines with prompt and max_tokens, in place of random prompts.",
+    help="JSON lines with prompt or prompt_token_ids, and max_tokens, in place of random prompts.",
 )
 _compare = _option(
-    "--compare", is_flag=True, help="Measure Hugging Face transformers with the same weights too."
+    "--compare",
+    type=click.Choice(["transformers"]),
+    help="Measure this too: same weights, prompts and threads, in turn, each in its own process.",
 )
 _json_out = _option(
     "--json",
@@ -40,8 +36,17 @@ _json_out = _option(
 )
 
 
-def _count(flag: str, default: int, help: str) -> Callable[[Command], Command]:
-    return _option(flag, type=_COUNT, default=default, metavar="N", help=f"{help}  [{default}]")
+def _count(flag: str, default: int, help: str, *, implied: bool = False) -> Callable[[Command], Command]:
+    """An option that counts. An implied default reaches the measure as None: it must know what was written."""
+    given = None if implied else default
+    return _option(flag, type=_COUNT, default=given, metavar="N", help=f"{help}  [{default}]")
+
+
+def _shape(*, implied: bool) -> tuple[Callable[[Command], Command], ...]:
+    return (
+        _count("--input-tokens", 128, "Tokens of a random prompt.", implied=implied),
+        _count("--output-tokens", 128, "Tokens of an answer, unless the workload says.", implied=implied),
+    )
 
 
 def _shared(*declared: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -57,10 +62,10 @@ def command() -> None:
 
 @command.command("throughput", cls=SectionedCommand, short_help="Tokens per second of many requests at once.")
 @_shared(
-    _count("--num-requests", 64, "Requests, all present from the start."),
-    _input_tokens,
-    _output_tokens,
+    _count("--num-requests", 64, "Requests, all present from the start.", implied=True),
+    *_shape(implied=True),
     _workload,
+    _count("--repeats", 3, "Timed runs, after a short one that is not timed."),
     _seed,
     _compare,
 )
@@ -76,8 +81,7 @@ def throughput(options: dict[str, Given], **workload: Any) -> int:
 )
 @_shared(
     _count("--batch-size", 1, "Requests in the batch."),
-    _input_tokens,
-    _output_tokens,
+    *_shape(implied=False),
     _count("--repeats", 5, "Timed runs, after one that is not timed."),
     _seed,
     _compare,
@@ -92,10 +96,15 @@ def latency(options: dict[str, Given], **workload: Any) -> int:
 @command.command("serve", cls=SectionedCommand, short_help="Latency and throughput over HTTP.")
 @_shared(
     _option("--url", metavar="URL", help="Server to load. Omitted: one is started for the measure."),
-    _count("--num-requests", 64, "Requests to send."),
-    _count("--concurrency", 16, "Requests under way at once."),
-    _input_tokens,
-    _output_tokens,
+    _count("--num-requests", 64, "Requests to send.", implied=True),
+    _count("--concurrency", 16, "Requests under way at once.", implied=True),
+    _option(
+        "--rate",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="X",
+        help="Requests per second, at random times, however many are under way.",
+    ),
+    *_shape(implied=True),
     _workload,
     _seed,
 )

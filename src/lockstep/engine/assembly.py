@@ -58,10 +58,10 @@ class Engine:
         """What clients may know of the model."""
         return self.opened.card
 
-    def check(self) -> None:
-        """Raises EngineDead when a worker is gone."""
+    def check(self, patience_s: float = 0.0) -> None:
+        """Raises EngineDead when a worker is gone, or goes in this time."""
         if self._ranks is not None:
-            self._ranks.check()
+            self._ranks.check(patience_s)
 
     def close(self) -> None:
         """Ends the workers and removes the private folder. May be called twice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -33,7 +34,7 @@ PROGRESS_INTERVAL_S = 0.1
 def main() -> None:
     """Reads an EngineSpec from standard input and runs until Shutdown, or until its client is gone."""
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSpec)
-    follow_lifeline()
+    follow_lifeline(Path(spec.commands_address.removeprefix("ipc://")).parent)
     channel = _Channel(spec)
     try:
         _run(spec, channel)
@@ -99,7 +100,12 @@ def _run(spec: EngineSpec, channel: _Channel) -> None:
                     work.append(command)
             if not commands and not engine.loop.has_work:
                 engine.check()
-            events, answers = engine.loop.run_once(work)
+            try:
+                events, answers = engine.loop.run_once(work)
+            except Exception:
+                # A collective that breaks is the symptom; a worker that died is the cause to tell.
+                engine.check(patience_s=1.0)
+                raise
             for answer in answers:
                 channel.send(answer)
             if events:

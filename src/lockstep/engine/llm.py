@@ -6,10 +6,10 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from lockstep.config import Decision, EngineConfig, gather
 from lockstep.config.components import ENGINE_OPTIONS
@@ -24,11 +24,15 @@ from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Submit
 from lockstep.engine.output import OutputProcessor
 from lockstep.engine.rejection import rejection
 from lockstep.executor.memory import MemoryLine
+from lockstep.features.grammar import GrammarCompiler
 from lockstep.ops.selection import Binding
+from lockstep.scheduler.intake import validate
 from lockstep.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
+_T = TypeVar("_T")
+_Outputs = Generator[RequestOutput, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class LLM:
     `progress` is called with a stage, how much is done and how much there is.
 
     One step runs at a time; whoever waits for an output runs it, so several threads and tasks may share an LLM.
-    Raises ConfigError, ModelFileError, OutOfMemory while it is made.
+    Raises ConfigError, ModelFileError, OutOfMemory while it is made. Afterwards InvalidRequest for what can never
+    run, LockstepError when a request fails on its way, EngineDead when the engine itself does.
 
     >>> with LLM() as llm:
     ...     print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
@@ -98,12 +103,14 @@ class LLM:
         )
         self._engine = Engine(given, progress=report, probe=probe)
         self.tokenizer: Tokenizer = self._engine.tokenizer
+        self._grammars = GrammarCompiler(self.tokenizer)
         self._processor = OutputProcessor(self.tokenizer)
         self._commands: deque[Submit | Abort | FlushCache] = deque()
         self._inboxes: dict[str, deque[RequestOutput | LockstepError]] = {}
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._closed = False
+        self._broken: str | None = None
 
     @property
     def config(self) -> EngineConfig:
@@ -129,8 +136,7 @@ class LLM:
 
         `params` serves all prompts, or one each. Raises InvalidRequest before anything runs.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if single else prompts
+        many = _as_list(prompts)
         per_prompt = (
             [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
         )
@@ -139,11 +145,11 @@ class LLM:
                 f"{len(many)} prompts were given with {len(per_prompt)} params", param="params"
             )
         requests = [self._request(prompt, one) for prompt, one in zip(many, per_prompt, strict=True)]
-        return self._complete(requests)
+        return self._complete(requests, _collect)
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **template: Any) -> Completion:
         """The answer to a conversation. `template` goes to the model's chat template."""
-        return self._complete([self._request(self._chat_prompt(messages, template), params)])[0]
+        return self._complete([self._request(self._chat_prompt(messages, template), params)], _collect)[0]
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], pooling: Pooling | None = None
@@ -154,27 +160,15 @@ class LLM:
             raise InvalidRequest(
                 "this model declares no pooling: say pooling='mean' or 'last'", param="pooling"
             )
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many: Sequence[Any] = [prompts] if single else prompts
-        vectors = []
-        requests = [replace(self._request(prompt, None), pooling=kind) for prompt in many]
-        for stream in [self._follow(request) for request in self._submit(requests)]:
-            for output in stream:
-                if output.deltas and output.deltas[0].error is not None:
-                    raise EngineDead(output.deltas[0].error)
-                vectors.append(output.embedding or ())
-        return vectors
+        return self._complete([self._request(prompt, None, kind) for prompt in _as_list(prompts)], _vector)
 
-    def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None
-    ) -> Generator[RequestOutput, None, None]:
-        """Outputs of one prompt as they come. Closing the generator ends the request."""
-        (request,) = self._submit([self._request(prompt, params)])
-        return self._follow(request)
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> _Outputs:
+        """Outputs of one prompt as they come, from the first that is taken. Closing the generator ends the request."""
+        return self._stream(self._request(prompt, params))
 
     def stream_chat(
         self, messages: Messages, params: SamplingParams | None = None, **template: Any
-    ) -> Generator[RequestOutput, None, None]:
+    ) -> _Outputs:
         """Outputs of the answer to a conversation, as they come."""
         return self.stream(self._chat_prompt(messages, template), params)
 
@@ -182,7 +176,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None = None
     ) -> AsyncIterator[RequestOutput]:
         """`stream` for asyncio: steps run in a thread, so the event loop stays free."""
-        (request,) = self._submit([self._request(prompt, params)])
+        request = self._request(prompt, params)
+        self._submit([request])
         try:
             while True:
                 output = await asyncio.to_thread(self._next, request.request_id)
@@ -199,8 +194,7 @@ class LLM:
     def flush_cache(self) -> int:
         """Forgets cached prefixes that no request uses; the number of pages freed."""
         with self._lock:
-            _, answers = self._engine.loop.run_once([FlushCache(0)])
-        return sum(answer.count for answer in answers if isinstance(answer, Reply))
+            return sum(reply.count for reply in self._step([FlushCache(0)]))
 
     def memory_report(self) -> list[MemoryLine]:
         """Where the memory of the first rank goes."""
@@ -232,40 +226,51 @@ class LLM:
         # The template writes the special tokens itself.
         return self.tokenizer.encode(chat_template.render(messages, **template), add_special_tokens=False)
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None) -> Request:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        vocab_size = self._engine.opened.facts.vocab_size
+    def _request(
+        self, prompt: Prompt, params: SamplingParams | None, pooling: Pooling | None = None
+    ) -> Request:
+        """A request that this engine can run. Raises InvalidRequest naming the field."""
+        request = Request(
+            request_id=f"local-{next(self._numbers)}",
+            prompt_token_ids=tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt),
+            params=params or SamplingParams(),
+            pooling=pooling,
+        )
+        self._require_token_ids(request.prompt_token_ids, "prompt")
+        self._require_token_ids(request.params.logit_bias, "logit_bias")
+        if request.params.grammar is not None:
+            self._grammars.validate(request.params.grammar)
+        validate(request, self._engine.loop.core.scheduler.limits)
+        return request
+
+    def _require_token_ids(self, token_ids: Iterable[Any], param: str) -> None:
+        vocab_size = self.card.vocab_size
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(
-                    f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param="prompt"
-                )
-        return Request(
-            request_id=f"local-{next(self._numbers)}",
-            prompt_token_ids=tuple(token_ids),
-            params=params or SamplingParams(),
-        )
+                raise InvalidRequest(f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param=param)
 
-    def _submit(self, requests: Sequence[Request]) -> Sequence[Request]:
-        if self._closed:
-            raise EngineDead("this LLM was closed")
+    def _submit(self, requests: Sequence[Request]) -> None:
         with self._lock:
+            self._require_alive()
             for request in requests:
                 self._processor.add(request)
                 self._inboxes[request.request_id] = deque()
                 self._commands.append(Submit(request))
-        return requests
 
-    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+    def _complete(self, requests: Sequence[Request], collect: Callable[[Request, _Outputs], _T]) -> list[_T]:
         """Submits everything before the first step, so that the requests share steps; waits for all."""
-        streams = [self._follow(request) for request in self._submit(requests)]
+        self._submit(requests)
         try:
-            return [_collect(request, stream) for request, stream in zip(requests, streams, strict=True)]
+            return [collect(request, self._follow(request)) for request in requests]
         finally:
             for request in requests:
                 self._forget(request.request_id)
 
-    def _follow(self, request: Request) -> Generator[RequestOutput, None, None]:
+    def _stream(self, request: Request) -> _Outputs:
+        self._submit([request])
+        yield from self._follow(request)
+
+    def _follow(self, request: Request) -> _Outputs:
         try:
             while True:
                 output = self._next(request.request_id)
@@ -277,22 +282,40 @@ class LLM:
 
     def _next(self, request_id: str) -> RequestOutput:
         """The next output of a request; runs steps until there is one."""
-        inbox = self._inboxes[request_id]
         while True:
             with self._lock:
+                inbox = self._inboxes.get(request_id)
+                if inbox is None:
+                    raise EngineDead("nobody waits for this request any more")
                 if not inbox:
-                    self._pump()
+                    self._step(self._take_commands())
                 if inbox:
                     found = inbox.popleft()
                     if isinstance(found, LockstepError):
                         raise found
                     return found
 
-    def _pump(self) -> None:
+    def _take_commands(self) -> list[Submit | Abort | FlushCache]:
+        """Commands in order, up to the first request for which the queue has no room yet."""
+        scheduler = self._engine.loop.core.scheduler
+        room = scheduler.limits.max_queued_requests - scheduler.num_waiting
+        taken: list[Submit | Abort | FlushCache] = []
+        while self._commands and (room > 0 or not isinstance(self._commands[0], Submit)):
+            room -= isinstance(self._commands[0], Submit)
+            taken.append(self._commands.popleft())
+        return taken
+
+    def _step(self, commands: Sequence[Submit | Abort | FlushCache]) -> list[Reply]:
         """One step of the engine; its news go to the inboxes. The caller holds the lock."""
-        commands = list(self._commands)
-        self._commands.clear()
-        events, answers = self._engine.loop.run_once(commands)
+        self._require_alive()
+        try:
+            events, answers = self._engine.loop.run_once(commands)
+        except BaseException as error:
+            # Half a step leaves ranks, pages and sequences in no state to go on from.
+            self._broken = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            # A collective that breaks is the symptom; a worker that died is the cause to tell.
+            self._engine.check(patience_s=1.0)
+            raise
         outputs, to_abort = self._processor.push(events)
         for output in outputs:
             if output.request_id in self._inboxes:
@@ -302,19 +325,47 @@ class LLM:
                 self._processor.drop(answer.request_id)
                 self._inboxes[answer.request_id].append(rejection(answer))
         self._commands.extend(Abort(request_id) for request_id in to_abort)
+        return [answer for answer in answers if isinstance(answer, Reply)]
 
     def _forget(self, request_id: str) -> None:
         """Ends a request that may be unfinished; its pages are freed now."""
         with self._lock:
             if self._inboxes.pop(request_id, None) is None:
                 return
-            if self._processor.drop(request_id) and not self._closed:
+            if self._processor.drop(request_id):
                 self._commands.append(Abort(request_id))
-            if self._commands and not self._closed and not self._inboxes:
-                self._pump()
+            if self._commands and not self._inboxes and not self._closed and self._broken is None:
+                self._step(self._take_commands())
+
+    def _require_alive(self) -> None:
+        if self._closed:
+            raise EngineDead("this LLM was closed")
+        if self._broken is not None:
+            raise EngineDead(f"this LLM ended in the middle of a step ({self._broken}); make a new one")
 
 
-def _collect(request: Request, outputs: Generator[RequestOutput, None, None]) -> Completion:
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """The prompts, whether one was given or several."""
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if single else list(prompts)
+
+
+def _vector(request: Request, outputs: _Outputs) -> tuple[float, ...]:
+    """The embedding that a request asked for."""
+    (output,) = outputs
+    _require_success(output)
+    assert output.embedding is not None
+    return output.embedding
+
+
+def _require_success(output: RequestOutput) -> None:
+    """Raises LockstepError when a choice failed while it ran; the engine goes on."""
+    for delta in output.deltas:
+        if delta.error is not None:
+            raise LockstepError(f"generation failed: {delta.error}")
+
+
+def _collect(request: Request, outputs: _Outputs) -> Completion:
     texts: list[list[str]] = [[] for _ in range(request.params.n)]
     token_ids: list[list[int]] = [[] for _ in range(request.params.n)]
     logprobs: list[list[TokenLogprob]] = [[] for _ in range(request.params.n)]
@@ -324,9 +375,8 @@ def _collect(request: Request, outputs: Generator[RequestOutput, None, None]) ->
     for output in outputs:
         prompt_logprobs.extend(output.prompt_logprobs)
         num_cached_tokens = output.num_cached_tokens
+        _require_success(output)
         for delta in output.deltas:
-            if delta.error is not None:
-                raise EngineDead(delta.error)
             texts[delta.index].append(delta.text)
             token_ids[delta.index].extend(delta.token_ids)
             logprobs[delta.index].extend(delta.logprobs)

@@ -38,6 +38,7 @@ class EngineLoop:
         self._num_requests = itertools.count()
         self._num_steps = itertools.count()
         self._deadlines: list[tuple[float, str]] = []
+        self._due_s: dict[str, float] = {}
         self._last_step_s = 0.0
 
     @property
@@ -80,8 +81,11 @@ class EngineLoop:
             return command
         request = command.request
         number = next(self._num_requests)
+        # An id may come back: only the deadline of its latest request counts.
+        self._due_s.pop(request.request_id, None)
         if request.deadline_s is not None:
-            heapq.heappush(self._deadlines, (self._clock.now_s() + request.deadline_s, request.request_id))
+            due_s = self._due_s[request.request_id] = self._clock.now_s() + request.deadline_s
+            heapq.heappush(self._deadlines, (due_s, request.request_id))
         return Submit(self._with_seed(request, number))
 
     def _with_seed(self, request: Request, number: int) -> Request:
@@ -95,5 +99,8 @@ class EngineLoop:
         expired = []
         now_s = self._clock.now_s()
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            expired.append(heapq.heappop(self._deadlines)[1])
+            due_s, request_id = heapq.heappop(self._deadlines)
+            if self._due_s.get(request_id) == due_s:
+                del self._due_s[request_id]
+                expired.append(request_id)
         return expired

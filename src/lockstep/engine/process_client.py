@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
 from lockstep.config import Given, gather, wanted
 from lockstep.config.components import ENGINE_OPTIONS
-from lockstep.core.errors import EngineDead, LockstepError
+from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.request import Request
 from lockstep.core.sampling import Grammar
@@ -38,6 +39,11 @@ class _Seat:
         self.processor = OutputProcessor(tokenizer)
         self.inboxes: dict[str, _Inbox] = {}
         self.calls: dict[int, asyncio.Future[Reply]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """True while new requests may come here."""
+        return self.replica is not None and not self.replica.has_ended
 
     def fail(self, error: LockstepError) -> None:
         """Everybody who waits for this engine learns that it is gone."""
@@ -75,7 +81,7 @@ class ProcessClient:
     @property
     def is_alive(self) -> bool:
         """True while at least one replica takes requests."""
-        return any(seat.replica is not None for seat in self._seats)
+        return any(seat.is_open for seat in self._seats)
 
     @property
     def engine_pids(self) -> list[int]:
@@ -117,6 +123,10 @@ class ProcessClient:
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """See EngineClient."""
+        if any(request.request_id in seat.inboxes for seat in self._seats):
+            raise InvalidRequest(
+                f"a request with the id {request.request_id!r} is still running", param="request_id"
+            )
         seat = self._least_loaded()
         inbox: _Inbox = asyncio.Queue()
         seat.inboxes[request.request_id] = inbox
@@ -135,13 +145,14 @@ class ProcessClient:
             seat.inboxes.pop(request.request_id, None)
             if seat.processor.drop(request.request_id) and seat.replica is replica and replica is not None:
                 # The reader left early. Sending cannot block, and must not be cut by the reader's cancellation.
-                await asyncio.shield(replica.send(Abort(request.request_id)))
+                with suppress(EngineDead):
+                    await asyncio.shield(replica.send(Abort(request.request_id)))
 
     async def abort(self, request_id: str) -> bool:
         """See EngineClient."""
         for seat in self._seats:
-            if request_id in seat.inboxes:
-                await self._send(seat, Abort(request_id))
+            if request_id in seat.inboxes and seat.replica is not None:
+                await seat.replica.send(Abort(request_id))
                 return True
         return False
 
@@ -152,13 +163,11 @@ class ProcessClient:
 
     async def flush_cache(self) -> int:
         """See EngineClient."""
-        replies = await asyncio.gather(*(self._call(seat, FlushCache) for seat in self._seats))
-        return sum(reply.count for reply in replies)
+        return sum(reply.count for reply in await self._call_all(FlushCache))
 
     async def stats(self) -> EngineStats:
-        """The sum over replicas; times are the slowest's."""
-        replies = await asyncio.gather(*(self._call(seat, AskStats) for seat in self._seats))
-        return _total([reply.stats for reply in replies if reply.stats is not None])
+        """The sum over the replicas that run; times are the slowest's."""
+        return _total([reply.stats for reply in await self._call_all(AskStats) if reply.stats is not None])
 
     def validate_grammar(self, grammar: Grammar) -> None:
         """See EngineClient."""
@@ -169,15 +178,26 @@ class ProcessClient:
         return open_tokenizer(files, wanted(self._given, "tokenizer"), wanted(self._given, "chat_template"))
 
     def _least_loaded(self) -> _Seat:
-        alive = [seat for seat in self._seats if seat.replica is not None]
-        if not alive:
-            raise EngineDead("the engine is restarting; try again in a few seconds")
-        return min(alive, key=lambda seat: len(seat.inboxes))
+        return min(self._alive(), key=lambda seat: len(seat.inboxes))
 
-    async def _send(self, seat: _Seat, command: Submit | Abort | AskStats | FlushCache) -> None:
+    def _alive(self) -> list[_Seat]:
+        alive = [seat for seat in self._seats if seat.is_open]
+        if not alive:
+            raise self._absence()
+        return alive
+
+    async def _send(self, seat: _Seat, command: Submit | AskStats | FlushCache) -> None:
         if seat.replica is None:
-            raise EngineDead("the engine is restarting; try again in a few seconds")
+            raise self._absence()
         await seat.replica.send(command)
+
+    def _absence(self) -> EngineDead:
+        if self._closing:
+            return EngineDead("the server is shutting down")
+        return EngineDead("the engine is restarting; try again in a few seconds")
+
+    async def _call_all(self, kind: type[AskStats] | type[FlushCache]) -> list[Reply]:
+        return await asyncio.gather(*(self._call(seat, kind) for seat in self._alive()))
 
     async def _call(self, seat: _Seat, kind: type[AskStats] | type[FlushCache]) -> Reply:
         call_id = next(self._numbers)
@@ -202,15 +222,16 @@ class ProcessClient:
                 started.set()
                 pause_s = FIRST_PAUSE_S
                 await self._pump(seat, replica)
-            except LockstepError as error:
+            except Exception as error:  # whatever ended this engine, there must be another
                 if not started.is_set():
                     raise
-                _LOG.error("%s; starting it again", error)
+                expected = isinstance(error, LockstepError)
+                _LOG.error("%s; starting it again", error, exc_info=None if expected else error)
                 seat.replica = None
                 seat.fail(EngineDead(f"{error}; the request was not completed"))
             finally:
                 seat.replica = None
-                await asyncio.shield(replica.close())
+                await _finish(replica.close())
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -231,6 +252,16 @@ class ProcessClient:
                 call = seat.calls.get(event.call_id)
                 if call is not None and not call.done():
                     call.set_result(event)
+
+
+async def _finish(work: Coroutine[Any, Any, None]) -> None:
+    """Waits for `work` even when cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _total(snapshots: list[EngineStats]) -> EngineStats:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -17,6 +19,7 @@ from lockstep.core.errors import EngineDead
 from lockstep.engine.messages import Failed, Ready, StepInputs, WorkerSpec, decode_event, encode
 
 START_TIMEOUT_S = 300.0
+SEND_TIMEOUT_S = 0.2
 
 
 class Ranks:
@@ -37,6 +40,7 @@ class Ranks:
         self._events.bind(events_address)
         for rank in range(1, config.parallel.tp):
             socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
+            socket.sndtimeo = int(SEND_TIMEOUT_S * 1000)
             address = f"ipc://{run_dir}/rank-{rank}"
             socket.bind(address)
             self._inputs.append(socket)
@@ -65,18 +69,32 @@ class Ranks:
         self.check()
         data = encode(inputs)
         for socket in self._inputs:
-            socket.send(data)
+            self._send(socket, data)
 
-    def check(self) -> None:
-        """Raises EngineDead when a worker is gone, with its last word if it left one."""
-        for rank, worker in enumerate(self._workers, 1):
-            code = worker.poll()
-            if code is not None:
-                word = ""
-                if self._events.poll(0):
-                    event = decode_event(self._events.recv())
-                    word = f": {event.message}" if isinstance(event, Failed) else ""
-                raise EngineDead(f"the worker process of rank {rank} ended with code {code}{word}")
+    def check(self, patience_s: float = 0.0) -> None:
+        """Raises EngineDead when a worker is gone, or goes in this time, with its last word if it left one."""
+        until_s = time.monotonic() + patience_s
+        while True:
+            for rank, worker in enumerate(self._workers, 1):
+                if worker.poll() is not None:
+                    raise EngineDead(self._obituary(rank, worker.returncode))
+            if time.monotonic() >= until_s:
+                return
+            time.sleep(0.02)
+
+    def _send(self, socket: zmq.Socket[bytes], data: bytes) -> None:
+        while True:
+            try:
+                return socket.send(data)
+            except zmq.Again:  # its queue is full, or nobody is at its other end any more
+                self.check()
+
+    def _obituary(self, rank: int, code: int) -> str:
+        word = ""
+        if self._events.poll(0):
+            event = decode_event(self._events.recv())
+            word = f": {event.message}" if isinstance(event, Failed) else ""
+        return f"the worker process of rank {rank} ended with code {code}{word}"
 
     def close(self) -> None:
         """Ends the workers and waits for them. May be called twice."""
@@ -116,13 +134,17 @@ def end_process(process: subprocess.Popen[bytes], patience_s: float = 5.0) -> No
         process.wait()
 
 
-def follow_lifeline() -> None:
-    """Ends this process as soon as the one that started it is gone or lets go."""
+def follow_lifeline(run_dir: Path) -> None:
+    """Ends this process as soon as the one that started it is gone or lets go.
+
+    `run_dir` is that one's private folder; killed, it could not remove it, so this process does.
+    """
 
     def watch() -> None:
         # The bare descriptor: a buffered reader would hold a lock that the interpreter wants when it ends.
         while os.read(0, 4096):
             pass
+        shutil.rmtree(run_dir, ignore_errors=True)
         # The main thread may be inside a collective that waits for a peer that is gone: nothing else ends that.
         os._exit(0)
 

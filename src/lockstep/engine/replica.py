@@ -13,7 +13,15 @@ import zmq
 import zmq.asyncio
 
 from lockstep.config import Given
-from lockstep.core.errors import ConfigError, EngineDead, LockstepError, ModelFileError, OutOfMemory
+from lockstep.core.errors import (
+    ConfigError,
+    EngineDead,
+    KernelError,
+    LockstepError,
+    ModelFileError,
+    OutOfMemory,
+    PlacementError,
+)
 from lockstep.engine.messages import (
     Command,
     EngineSpec,
@@ -29,7 +37,7 @@ from lockstep.engine.ranks import new_run_dir
 
 GRACE_S = 5.0
 _START_ERRORS: dict[str, type[LockstepError]] = {
-    kind.__name__: kind for kind in (ConfigError, ModelFileError, OutOfMemory)
+    kind.__name__: kind for kind in (ConfigError, ModelFileError, OutOfMemory, KernelError, PlacementError)
 }
 
 
@@ -47,11 +55,12 @@ class Replica:
         self._run_dir: TemporaryDirectory[str] | None = None
         self._context: zmq.asyncio.Context | None = None
         self._process: asyncio.subprocess.Process | None = None
+        self._ending: asyncio.Task[int] | None = None
         self.last_word: Failed | None = None
 
     async def start(self) -> Ready:
-        """Returns when the engine takes requests. Raises what stopped it: ConfigError, ModelFileError, OutOfMemory
-        or EngineDead."""
+        """Returns when the engine takes requests. Raises what stopped it: ConfigError, ModelFileError, OutOfMemory,
+        KernelError, PlacementError or EngineDead."""
         self._run_dir = new_run_dir()
         folder = Path(self._run_dir.name)
         self._context = zmq.asyncio.Context()
@@ -74,9 +83,14 @@ class Replica:
             stdout=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
+        # One for the whole life: asyncio keeps every waiter until the process ends.
+        self._ending = asyncio.create_task(self._process.wait())
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
-        await self._process.stdin.drain()
+        try:
+            await self._process.stdin.drain()
+        except ConnectionError:
+            pass  # it is dead already, which `_ready` reports
         return await self._ready()
 
     @property
@@ -84,17 +98,28 @@ class Replica:
         """The engine's process id."""
         return self._process.pid if self._process is not None else None
 
+    @property
+    def has_ended(self) -> bool:
+        """True as soon as the process is gone, although its last events may not have been received yet."""
+        return self._process is not None and self._process.returncode is not None
+
     async def send(self, command: Command) -> None:
-        """Never waits for the engine: the queue between us is unbounded, requests are bounded by its scheduler."""
-        await self._commands.send(encode(command))
+        """The queue between us is unbounded, requests are bounded by the engine's scheduler. Raises EngineDead."""
+        sending = asyncio.ensure_future(self._commands.send(encode(command)))
+        if not sending.done():
+            # Nobody is at the other end: not yet, or not any more.
+            assert self._ending is not None
+            await asyncio.wait({sending, self._ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            sending.cancel()
+            raise EngineDead(self._obituary())
 
     async def receive(self) -> Event:
         """The next event. Raises EngineDead when the process has ended and said all it had to say."""
         arriving = asyncio.ensure_future(self._events.recv())
-        assert self._process is not None
-        ending = asyncio.ensure_future(self._process.wait())
+        assert self._ending is not None
         try:
-            await asyncio.wait({arriving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({arriving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
             if not arriving.done():
                 # The last events of a process may still be in the socket when its end is known.
                 await asyncio.wait({arriving}, timeout=0.2)
@@ -102,8 +127,7 @@ class Replica:
                 raise EngineDead(self._obituary())
             event = decode_event(arriving.result())
         finally:
-            for task in (arriving, ending):
-                task.cancel()
+            arriving.cancel()
         if isinstance(event, Failed):
             self.last_word = event
         return event
@@ -112,9 +136,8 @@ class Replica:
         """Asks the engine to stop, then ends it; removes the private folder. May be called twice."""
         process = self._process
         if process is not None and process.returncode is None:
-            await self.send(Shutdown())
             try:
-                await asyncio.wait_for(process.wait(), GRACE_S)
+                await asyncio.wait_for(self._shut_down(process), GRACE_S)
             except asyncio.TimeoutError:
                 process.kill()
                 await process.wait()
@@ -128,6 +151,13 @@ class Replica:
         if self._run_dir is not None:
             self._run_dir.cleanup()
             self._run_dir = None
+
+    async def _shut_down(self, process: asyncio.subprocess.Process) -> None:
+        try:
+            await self.send(Shutdown())
+        except EngineDead:
+            pass  # it left by itself
+        await process.wait()
 
     async def _ready(self) -> Ready:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -12,11 +13,14 @@ from lockstep.core.errors import LockstepError
 from lockstep.engine.messages import Failed, Ready, Shutdown, WorkerSpec, decode_inputs, encode
 from lockstep.engine.ranks import follow_lifeline
 
+LIFELINE_S = 0.5
+"""More than enough for the end of the first rank to be known."""
+
 
 def main() -> None:
     """Reads a WorkerSpec from standard input and runs until it is told to stop or the first rank is gone."""
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerSpec)
-    follow_lifeline()
+    follow_lifeline(Path(spec.store).parent)
     context = zmq.Context()
     events: zmq.Socket[bytes] = context.socket(zmq.PUSH)
     events.connect(spec.events_address)
@@ -28,6 +32,8 @@ def main() -> None:
         events.send(encode(Failed(type(error).__name__, f"rank {spec.rank}: {error}")))
         events.close(linger=2000)
         if not isinstance(error, LockstepError):
+            # A collective breaks when the first rank dies: then the lifeline ends this process here, quietly.
+            time.sleep(LIFELINE_S)
             raise
         raise SystemExit(1) from None
 

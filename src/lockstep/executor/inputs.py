@@ -47,6 +47,6 @@ def build_inputs(plan: StepPlan, sequences: SequenceTable, page_size: int, devic
             slots.extend(pages[at // page_size] * page_size + at % page_size for at in range(piece.start, end))
         spans.append(Span(piece.start, piece.num_tokens, pages))
     packed = torch.tensor([token_ids, positions, slots], dtype=torch.int64)
-    if device.type != "cpu":
+    if packed.device != device:
         packed = packed.pin_memory().to(device, non_blocking=True)
     return StepInputs(packed[0], packed[1], packed[2], spans, first_rows)

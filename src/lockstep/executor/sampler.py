@@ -87,8 +87,8 @@ class Sampler:
         filtered = [row for row in rows if _filters(states[row].params)]
         if plain:
             draws = _uniforms(states, plain, logits_RV.device)
-            scaled = logits_RV[plain] / _column(states, plain, "temperature", logits_RV)
-            for row, token_id in zip(plain, _invert(scaled.softmax(-1), draws), strict=True):
+            weights_RV = _scaled(logits_RV, states, plain).softmax(-1)
+            for row, token_id in zip(plain, _invert(weights_RV, draws), strict=True):
                 token_ids[row] = token_id
         if filtered:
             for row, token_id in zip(filtered, _draw_filtered(logits_RV, states, filtered), strict=True):
@@ -116,6 +116,14 @@ def _column(states: Sequence[SequenceState], rows: list[int], name: str, like: t
     return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
+def _scaled(logits_RV: torch.Tensor, states: Sequence[SequenceState], rows: list[int]) -> torch.Tensor:
+    """Scores of `rows` over their temperatures, the best one at zero: a tiny temperature cannot overflow."""
+    temperature_R1 = _column(states, rows, "temperature", logits_RV)
+    rows_RV = logits_RV[rows]
+    smallest = torch.finfo(rows_RV.dtype).tiny
+    return (rows_RV - rows_RV.amax(-1, keepdim=True)) / temperature_R1.clamp_min(smallest)
+
+
 def _uniforms(states: Sequence[SequenceState], rows: list[int], device: torch.device) -> torch.Tensor:
     draws = [[uniform(states[row].params.seed or 0, len(states[row].token_ids))] for row in rows]
     return torch.tensor(draws, dtype=torch.float64, device=device)
@@ -132,50 +140,50 @@ def _invert(weights_RV: torch.Tensor, draws_R1: torch.Tensor) -> list[int]:
 
 def _draw_filtered(logits_RV: torch.Tensor, states: Sequence[SequenceState], rows: list[int]) -> list[int]:
     """Draws among the best tokens, sorted: enough of them for every filter, or the whole vocabulary."""
-    scaled_RV = logits_RV[rows] / _column(states, rows, "temperature", logits_RV)
-    draws_R1 = _uniforms(states, rows, logits_RV.device)
-    log_total_R1 = scaled_RV.logsumexp(-1, keepdim=True)
+    scaled_RV = _scaled(logits_RV, states, rows)
+    weights_RV = scaled_RV.softmax(-1)
     vocab_size = scaled_RV.shape[-1]
-    num_candidates = min(vocab_size, max(FIRST_CANDIDATES, *(_wanted(states[row].params) for row in rows)))
-    while True:
-        best_RC, ids_RC = scaled_RV.topk(num_candidates, dim=-1)
-        weights_RC, enough = _keep(best_RC, log_total_R1, states, rows, vocab_size)
-        if enough or num_candidates == vocab_size:
-            break
-        num_candidates = vocab_size
-    chosen = _invert(weights_RC, draws_R1)
+    num_candidates = min(vocab_size, max(FIRST_CANDIDATES, *(states[row].params.top_k + 1 for row in rows)))
+    ids_RC = _best(scaled_RV, num_candidates)
+    kept_RC, enough = _keep(weights_RV.gather(-1, ids_RC), states, rows, vocab_size)
+    if not enough and num_candidates < vocab_size:
+        ids_RC = _best(scaled_RV, vocab_size)
+        kept_RC, _ = _keep(weights_RV.gather(-1, ids_RC), states, rows, vocab_size)
+    chosen = _invert(kept_RC, _uniforms(states, rows, logits_RV.device))
     return ids_RC[torch.arange(len(rows), device=ids_RC.device), chosen].tolist()
 
 
-def _wanted(params: SamplingParams) -> int:
-    return params.top_k if params.top_k > 0 else 0
+def _best(scores_RV: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids of the `count` best scores, best first, equal scores by id.
+
+    topk alone leaves the order of equal scores open, and rounded scores are often equal: a draw would then depend
+    on `count`, which other requests decide.
+    """
+    if count == scores_RV.shape[-1]:
+        return scores_RV.sort(dim=-1, descending=True, stable=True).indices
+    ids_RC = scores_RV.topk(count, dim=-1).indices.sort(dim=-1).values
+    order_RC = scores_RV.gather(-1, ids_RC).sort(dim=-1, descending=True, stable=True).indices
+    return ids_RC.gather(-1, order_RC)
 
 
 def _keep(
-    best_RC: torch.Tensor,
-    log_total_R1: torch.Tensor,
-    states: Sequence[SequenceState],
-    rows: list[int],
-    vocab_size: int,
+    weights_RC: torch.Tensor, states: Sequence[SequenceState], rows: list[int], vocab_size: int
 ) -> tuple[torch.Tensor, bool]:
     """Weights of the sorted candidates after top-k, then top-p of what is left, then min-p; zero where cut.
 
-    The second value is False when a row's filters might keep tokens beyond the candidates.
+    The second value is False when a row's filters might keep tokens beyond the candidates, or might have kept
+    others of equal weight.
     """
-    num_candidates = best_RC.shape[-1]
-    rank_1C = torch.arange(num_candidates, device=best_RC.device)[None]
-    top_k_R1 = _column(states, rows, "top_k", best_RC)
+    rank_1C = torch.arange(weights_RC.shape[-1], device=weights_RC.device)[None]
+    top_k_R1 = _column(states, rows, "top_k", weights_RC)
     top_k_R1 = torch.where(top_k_R1 > 0, top_k_R1, float(vocab_size))
-    weights_RC = (best_RC - log_total_R1).exp()
-    in_top_k_RC = rank_1C < top_k_R1
-    weights_RC = weights_RC * in_top_k_RC
+    best_RC = weights_RC * (rank_1C < top_k_R1)
+    # Running sums, not sums: they do not change with the number of candidates, which other requests decide.
+    sums_RC = best_RC.cumsum(-1, dtype=torch.float64)
     # With top-k on, its tokens are the whole distribution for top-p; otherwise the vocabulary is.
-    cut_RC = in_top_k_RC.all(-1, keepdim=True)
-    mass_R1 = torch.where(cut_RC & (top_k_R1 > num_candidates), 1.0, weights_RC.sum(-1, keepdim=True))
-    top_p_R1 = _column(states, rows, "top_p", best_RC)
-    before_RC = weights_RC.cumsum(-1) - weights_RC
-    kept_RC = in_top_k_RC & (before_RC < top_p_R1 * mass_R1)
-    kept_RC &= weights_RC >= _column(states, rows, "min_p", best_RC) * weights_RC[:, :1]
-    # The last candidate survived every filter, so tokens beyond it may too.
-    enough = not bool((kept_RC[:, -1:] & (top_k_R1 > num_candidates)).any())
-    return weights_RC * kept_RC, enough
+    mass_R1 = torch.where(top_k_R1 < vocab_size, sums_RC[:, -1:], 1.0)
+    kept_RC = (best_RC > 0) & (sums_RC - best_RC < _column(states, rows, "top_p", weights_RC) * mass_R1)
+    kept_RC &= best_RC >= _column(states, rows, "min_p", weights_RC) * best_RC[:, :1]
+    worst_kept_R = best_RC.masked_fill(~kept_RC, torch.inf).amin(-1)
+    enough = bool((worst_kept_R > weights_RC[:, -1]).all())
+    return best_RC * kept_RC, enough

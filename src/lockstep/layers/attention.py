@@ -54,7 +54,7 @@ class Attention:
         self._spec = spec
         self._layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec)
         self._store = build.bind(
-            "kv_store", where, dtype=build.kv_dtype, pool_dtype=build.kv_dtype, page_size=build.page_size
+            "kv_store", where, pool_dtype=build.kv_dtype, page_size=build.page_size
         ).function
         self._point = build.point(where, ("token", "head", "head_dim"), "sharded:tp:1")
 

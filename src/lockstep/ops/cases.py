@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -13,8 +13,8 @@ def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: f
 
 
 def strided(values: torch.Tensor) -> torch.Tensor:
-    """The same values with a row stride larger than the row, as slices of packed products have."""
-    wide = torch.zeros(*values.shape[:-1], values.shape[-1] + 8, dtype=values.dtype)
+    """The same values with a row stride larger than the row, as slices of packed products have; NaN in between."""
+    wide = torch.full((*values.shape[:-1], values.shape[-1] + 8), torch.nan, dtype=values.dtype)
     view = wide[..., : values.shape[-1]]
     view.copy_(values)
     return view

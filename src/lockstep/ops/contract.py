@@ -14,11 +14,18 @@ Signature = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument. `axes` names its dims, empty for plain numbers; `written` says that it is changed in place."""
+    """One argument. `axes` names its dims, empty for plain numbers.
+
+    `written`: the operator's results lie in it. `scratch`: it may be overwritten with anything, and nobody reads it
+    afterwards. Any other argument stays as it was. `constant`: a weight that is fixed when a model is built; a
+    kernel's `prepare` turns it into the form that the kernel reads.
+    """
 
     name: str
     axes: tuple[str, ...] = ()
     written: bool = False
+    scratch: bool = False
+    constant: bool = False
     note: str = ""
 
 
@@ -86,9 +93,25 @@ class Kernel:
     verified_on: tuple[str, ...] = ()
 
 
-FLOAT_TOLERANCES: Mapping[torch.dtype, Tolerance] = {
-    torch.float32: Tolerance(1e-6, 4e-6),
-    torch.bfloat16: Tolerance(1e-6, 2**-8),
-    torch.float16: Tolerance(1e-6, 2**-10),
-}
-"""One rounding to the result's dtype after float32 maths: half a unit in the last place, doubled for the maths."""
+FLOAT32_UNIT = 2.0**-24
+"""Half a unit in the last place of float32, as a share of the value: the most that one rounding is off."""
+
+
+def rounded(
+    times: int, *, maths: float, absolute: float = 0.0, inside: float = 0.0
+) -> Mapping[torch.dtype, Tolerance]:
+    """Tolerances of float32 maths whose values are rounded `times` times to the result's dtype.
+
+    `maths` bounds the relative error of the maths in FLOAT32_UNITs. `absolute` is what is lost where terms cancel,
+    and where a value too small for full precision (below 6e-5 in float16) is multiplied after its rounding.
+    `inside` is the size of what may be rounded to the dtype before it is summed.
+    """
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        facts = torch.finfo(dtype)
+        unit = facts.eps / 2
+        found[dtype] = Tolerance(
+            absolute=absolute + (inside + times * facts.tiny) * unit,
+            relative=times * unit + maths * FLOAT32_UNIT,
+        )
+    return found

@@ -31,8 +31,9 @@ class Binding:
 class KernelSelector:
     """Binds operators to kernels for one device and remembers every decision.
 
-    `preference` orders providers, best first. `forced` maps an operator, or "*", to a provider. `strict`
-    makes a fallback (a preferred kernel that exists for this platform but refuses) an error.
+    `preference` orders providers, best first. `forced` maps an operator to a provider; "*" stands for every operator
+    that has a kernel of that provider. `strict` makes a fallback (a preferred kernel that exists for this platform
+    but refuses) an error. Raises KernelError when `forced` names an operator or a provider that is not known.
     """
 
     def __init__(
@@ -57,26 +58,20 @@ class KernelSelector:
             raise KernelError(f"unknown operator {op!r}{nearest(op, contracts())}")
         _check_signature(contract, signature)
         provider = self._forced.get(op) or self._forced.get("*")
-        if provider is not None:
-            binding = self._bind_forced(op, where, signature, provider, required=op in self._forced)
+        forced = next((kernel for kernel in kernels(op) if kernel.provider == provider), None)
+        if forced is not None:
+            binding = self._bind_forced(where, signature, forced)
         else:
             binding = self._bind_preferred(op, where, signature)
         self.bindings.append(binding)
         return binding
 
-    def _bind_forced(
-        self, op: str, where: str, signature: Signature, provider: str, *, required: bool
-    ) -> Binding:
-        for kernel in kernels(op):
-            if kernel.provider == provider:
-                reason = self._refusal(kernel, signature)
-                if reason is None:
-                    return Binding(op, where, kernel, f"forced by --force-kernel {op}={provider}")
-                raise KernelError(f"--force-kernel {op}={provider} cannot serve {where}: {reason}")
-        if required:
-            names = [kernel.provider for kernel in kernels(op)]
-            raise KernelError(f"operator {op!r} has no kernel {provider!r} (it has {', '.join(names)})")
-        return self._bind_preferred(op, where, signature)
+    def _bind_forced(self, where: str, signature: Signature, kernel: Kernel) -> Binding:
+        option = f"--force-kernel {kernel.op}={kernel.provider}"
+        reason = self._refusal(kernel, signature)
+        if reason is not None:
+            raise KernelError(f"{option} cannot serve {where}: {reason}")
+        return Binding(kernel.op, where, kernel, f"forced by {option}")
 
     def _bind_preferred(self, op: str, where: str, signature: Signature) -> Binding:
         by_provider = {kernel.provider: kernel for kernel in kernels(op)}
@@ -89,24 +84,34 @@ class KernelSelector:
             if reason is None:
                 why = "first in this platform's preference" if not refused else "first that accepts"
                 return Binding(op, where, kernel, why, tuple(refused))
-            if self._strict:
+            if self._strict and self._made_for_here(kernel):
                 raise KernelError(f"--strict-kernels: {op}.{provider} refuses {where}: {reason}")
             refused.append((provider, reason))
         reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused)
         raise KernelError(f"no kernel of {op!r} can serve {where} ({reasons})")
 
     def _refusal(self, kernel: Kernel, signature: Signature) -> str | None:
-        if kernel.platforms and self._capabilities.platform not in kernel.platforms:
+        if not self._made_for_here(kernel):
             return f"made for {', '.join(sorted(kernel.platforms))}, not {self._capabilities.platform}"
         missing = [feature for feature in sorted(kernel.features) if not self._capabilities.has(feature)]
         if missing:
             return f"the device lacks {', '.join(missing)}"
         return kernel.refuses(signature)
 
+    def _made_for_here(self, kernel: Kernel) -> bool:
+        return not kernel.platforms or self._capabilities.platform in kernel.platforms
+
     def _check_forced(self) -> None:
-        for op in self._forced:
+        for op, provider in self._forced.items():
             if op != "*" and op not in contracts():
                 raise KernelError(f"--force-kernel names unknown operator {op!r}{nearest(op, contracts())}")
+            ops = contracts() if op == "*" else (op,)
+            known = list(dict.fromkeys(kernel.provider for name in ops for kernel in kernels(name)))
+            if provider not in known:
+                raise KernelError(
+                    f"--force-kernel {op}={provider} names no kernel{nearest(provider, known)} "
+                    f"(known: {', '.join(known)})"
+                )
 
 
 def _check_signature(contract: Contract, signature: Signature) -> None:

@@ -44,10 +44,18 @@ class _Placed:
                     item._refuse(name)
         raise PlacementError(f"{cls.__name__} cannot be used by {name}")
 
-    def __add__(self, other: object) -> NoReturn:
-        self._refuse("+")
+    def _refuse_operator(self, *others: object) -> NoReturn:
+        self._refuse("an operator")
 
-    __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __matmul__ = __truediv__ = __add__
+    # Python looks operators up on the class, where __getattr__ is not asked; comparing and testing would even succeed.
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = _refuse_operator
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse_operator
+    __pow__ = __rpow__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse_operator
+    __lt__ = __le__ = __gt__ = __ge__ = __and__ = __or__ = __xor__ = _refuse_operator
+    __getitem__ = __setitem__ = __len__ = __iter__ = __bool__ = __float__ = __int__ = _refuse_operator
+    __eq__ = __ne__ = _refuse_operator
+    __hash__ = None  # type: ignore[assignment]
+    __copy__ = __deepcopy__ = __reduce_ex__ = _refuse_operator
 
     def __getattr__(self, name: str) -> NoReturn:
         self._refuse(f".{name}")

@@ -80,6 +80,7 @@ async def _serve_on(
     options: ServerOptions,
     on_ready: Callable[[str], None] | None,
 ) -> None:
+    app = create_app(client, options)
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
@@ -88,7 +89,7 @@ async def _serve_on(
             return
         if on_ready:
             on_ready(url_of(listener))
-        await run_app(create_app(client, options), listener, stop, client, log_level=options.log_level)
+        await run_app(app, listener, stop, client, log_level=options.log_level)
     finally:
         await client.close()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -127,7 +128,10 @@ async def run_app(
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             server.should_exit = True
+        while not serving.done():
+            # Again and again: requests that were on their way may still arrive.
             await client.abort_all()
+            await asyncio.wait({serving}, timeout=0.1)
         await serving
     finally:
         stopping.cancel()

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from lockstep.ops.cases import DTYPES, normal, strided
-from lockstep.ops.contract import Argument, Case, Contract, Tolerance
+from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, rounded
 from lockstep.ops.rope.reference import rope
 
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        for out_dtype in {dtype, torch.float32}:
+        for out_dtype in dict.fromkeys((dtype, torch.float32)):
             for tokens, heads, head_dim, rotated in (
                 (1, 1, 64, 64),
                 (5, 12, 64, 64),
@@ -63,10 +63,7 @@ CONTRACT = Contract(
     signature=("dtype", "out_dtype", "head_dim", "rotated"),
     reference=rope,
     cases=_cases,
-    tolerance={
-        torch.float32: Tolerance(1e-6, 1e-6),
-        torch.bfloat16: Tolerance(1e-5, 2**-8),
-        torch.float16: Tolerance(1e-6, 2**-10),
-    },
+    # Two products below 6, each rounded, then their difference: what cancels keeps the products' errors.
+    tolerance=rounded(1, maths=2, absolute=2 * 6 * FLOAT32_UNIT),
     mutants={"rotated the other way": _other_way, "interleaved pairs": _interleaved},
 )

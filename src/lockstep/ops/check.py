@@ -1,0 +1,227 @@
+"""Checks a kernel against its contract: every case, against the reference in float64 maths.
+
+A case fails when a result is off by more than the tolerance, has another shape or dtype, depends on memory that
+nobody wrote, or when an argument changes that the contract does not give away.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lockstep.core.errors import KernelError
+from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
+
+_Function = Callable[..., Any]
+_Named = list[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelReport:
+    """What one kernel did on its contract's cases.
+
+    `worst_share` is the largest error seen as a share of what is accepted: 1 is the limit. `refused` pairs a
+    case's name with the kernel's reason. A report without a single case that ran has failed.
+    """
+
+    op: str
+    provider: str
+    seed: int
+    num_cases: int
+    worst_share: float
+    worst_case: str
+    refused: tuple[tuple[str, str], ...]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every case that the kernel accepts came out right."""
+        return self.num_cases > 0 and not self.failures
+
+
+def check_kernel(
+    contract: Contract, kernel: Kernel, *, seed: int, device: torch.device | str = "cpu"
+) -> KernelReport:
+    """Runs every case that the kernel accepts on `device`, with weights prepared as a model would.
+
+    Each case runs twice, the second time with NaN in all memory that the kernel allocates. A kernel that raises
+    fails the case. Raises KernelError when the contract itself is unfit (no tolerance, nothing to prepare).
+    """
+    num_cases, worst = 0, (0.0, "")
+    refused: list[tuple[str, str]] = []
+    failures: list[str] = []
+    for case in contract.cases():
+        reason = kernel.refuses(case.signature)
+        if reason is not None:
+            refused.append((case.name, reason))
+            continue
+        num_cases += 1
+        trial = _Trial(contract, case, seed, torch.device(device))
+        for mode, what in ((nullcontext(), ""), (_PoisonedAllocations(), " with NaN in fresh memory")):
+            try:
+                share, found = trial.judge(kernel.function, kernel.prepare, mode)
+            except KernelError:
+                raise
+            except Exception as error:
+                share, found = math.inf, [f"raised {type(error).__name__}: {error}"]
+            worst = max(worst, (share, case.name))
+            failures.extend(f"{case.name}{what}: {text}" for text in found)
+    return KernelReport(
+        contract.name, kernel.provider, seed, num_cases, *worst, tuple(refused), tuple(failures)
+    )
+
+
+def check_mutants(contract: Contract, seed: int) -> list[str]:
+    """The known-wrong versions that no case rejects, as "mutant (dtype)": each must fall in every dtype.
+
+    A contract without a mutant proves nothing and is named too. A mutant that raises is itself wrong, and the
+    error passes through.
+    """
+    if not contract.mutants:
+        return [f"{contract.name} has no mutants"]
+    accepted: list[str] = []
+    for name, mutant in contract.mutants.items():
+        rejected: dict[torch.dtype, bool] = {}
+        for case in contract.cases():
+            trial = _Trial(contract, case, seed, torch.device("cpu"))
+            share, _ = trial.judge(mutant, None, nullcontext())
+            rejected[trial.dtype] = rejected.get(trial.dtype, False) or share > 1
+        accepted.extend(f"{name} ({dtype})" for dtype, was in rejected.items() if not was)
+    return accepted
+
+
+class _Trial:
+    """One case, its expected values, and the verdict on a function that should give them."""
+
+    def __init__(self, contract: Contract, case: Case, seed: int, device: torch.device) -> None:
+        self._contract = contract
+        self._case = case
+        self._seed = seed
+        self._device = device
+        typed = _outcome(contract, contract.reference, self._arguments())
+        self.dtype = typed[0][1].dtype
+        tolerance = contract.tolerance.get(self.dtype)
+        if tolerance is None:
+            raise KernelError(f"operator {contract.name!r} states no tolerance for {self.dtype}")
+        self._tolerance = tolerance
+        self._typed = typed
+        # Where nothing may be off, rounding is part of the meaning, and float64 has none.
+        self._expected = typed if tolerance == Tolerance(0, 0) else self._in_float64()
+
+    def judge(
+        self, function: _Function, prepare: _Function | None, mode: AbstractContextManager[Any]
+    ) -> tuple[float, list[str]]:
+        """The largest error as a share of the tolerance, and what is wrong in words."""
+        arguments = [_placed(value, self._device) for value in self._arguments()]
+        given = list(arguments)
+        if prepare is not None:
+            self._prepare(given, prepare)
+        with mode:
+            found = _outcome(self._contract, function, given)
+        problems = [*self._changed(arguments)]
+        worst = 0.0
+        for (name, value), (_, typed), (_, expected) in zip(found, self._typed, self._expected, strict=True):
+            if value.shape != typed.shape or value.dtype != typed.dtype:
+                got, wanted = ((tuple(each.shape), each.dtype) for each in (value, typed))
+                problems.append(f"{name} is {got}, not {wanted}")
+                worst = math.inf
+                continue
+            share = error_share(value.cpu(), expected, self._tolerance)
+            worst = max(worst, share)
+            if share > 1:
+                problems.append(f"{name} is off by {share:.3g} times what is accepted")
+        return worst, problems
+
+    def _arguments(self) -> list[Any]:
+        """Fresh arguments, the same at each call: they depend on the seed and the case's name alone."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {self._case.name}".encode()))
+        return list(self._case.make(generator))
+
+    def _in_float64(self) -> _Named:
+        arguments = [_widened(value) for value in self._arguments()]
+        with _WideStaysWide():
+            return _outcome(self._contract, self._contract.reference, arguments)
+
+    def _prepare(self, given: list[Any], prepare: _Function) -> None:
+        constant = [index for index, argument in enumerate(self._contract.arguments) if argument.constant]
+        if not constant:
+            raise KernelError(f"operator {self._contract.name!r} marks no constant argument to prepare")
+        for index in constant:
+            given[index] = prepare(given[index])
+
+    def _changed(self, arguments: Sequence[Any]) -> Iterator[str]:
+        for spec, value, before in zip(self._contract.arguments, arguments, self._arguments(), strict=False):
+            kept = isinstance(value, torch.Tensor) and not spec.written and not spec.scratch
+            if kept and not torch.equal(value.cpu(), before):
+                yield f"argument {spec.name} was changed"
+
+
+def error_share(value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> float:
+    """max |value - expected| / (absolute + relative * |expected|); infinite where one of them alone is no number."""
+    if value.numel() == 0:
+        return 0.0
+    value, expected = value.double(), expected.double()
+    error = (value - expected).abs().masked_fill(value == expected, 0.0)
+    accepted = tolerance.absolute + tolerance.relative * expected.abs()
+    share = (error / accepted).masked_fill(error == 0, 0.0)
+    return math.inf if bool(share.isnan().any()) else float(share.max())
+
+
+def _outcome(contract: Contract, function: _Function, arguments: Sequence[Any]) -> _Named:
+    """What a call gives: its results, then the arguments that it must have written."""
+    out = function(*arguments)
+    results = () if not contract.returns else out if isinstance(out, tuple) else (out,)
+    named = [(text.partition("[")[0], value) for text, value in zip(contract.returns, results, strict=True)]
+    pairs = zip(contract.arguments, arguments, strict=False)
+    return named + [(spec.name, value) for spec, value in pairs if spec.written]
+
+
+def _widened(value: Any) -> Any:
+    """Floating tensors and dtypes in float64, anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _placed(value: Any, device: torch.device) -> Any:
+    """The value on the device with the strides that the case gave it, and NaN in the gaps between its rows."""
+    if not isinstance(value, torch.Tensor) or value.device == device:
+        return value
+    if value.is_contiguous():
+        return value.to(device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    storage = _poison(torch.empty(span, dtype=value.dtype, device=device))
+    return storage.as_strided(value.shape, value.stride()).copy_(value)
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        return tensor.fill_(math.nan)
+    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+class _WideStaysWide(TorchFunctionMode):
+    """References say `.float()` for "float32 at least"; values in float64 stay what they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _PoisonedAllocations(TorchDispatchMode):
+    """Fresh memory holds NaN, or the largest integer: a result that was never computed shows."""
+
+    _ALLOCATES = frozenset({"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty"})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return _poison(out) if func._schema.name in self._ALLOCATES else out

@@ -1,0 +1,87 @@
+"""Several ranks: the same answers from every architecture, a dead worker, and ranks that no longer agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_llm import assert_same, make_tiny, open_tiny, random_prompts
+
+from lockstep.core.errors import ConfigError, EngineDead, IntegrityError
+from lockstep.core.request import Request
+from lockstep.core.sampling import SamplingParams
+from lockstep.engine.assembly import Engine
+from lockstep.engine.llm import LLM
+from lockstep.engine.messages import StepInputs, Submit
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=2)
+
+
+def worker_of(llm: LLM) -> psutil.Process:
+    """The one worker process of an LLM with two ranks."""
+    assert llm.config.parallel.tp == 2
+    (worker,) = [
+        child for child in psutil.Process().children() if "lockstep.engine.worker_main" in child.cmdline()
+    ]
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "vocab_size": 263}),
+        ("gemma3", {"intermediate_size": 97}),
+    ],
+)
+def test_two_ranks_answer_like_one(architecture: str, overrides: dict[str, object], tmp_path: Path) -> None:
+    """Biases that must be added once, one KV head for both ranks, sizes that do not halve."""
+    make_tiny(tmp_path, architecture, **overrides)
+    prompts = random_prompts((1, 5, 40))
+    with open_tiny(tmp_path) as llm:
+        expected = llm.generate(prompts, PARAMS)
+    with open_tiny(tmp_path, tp=2) as llm:
+        worker = worker_of(llm)
+        assert_same(llm.generate(prompts, PARAMS), expected)
+        assert_same(llm.generate(prompts, PARAMS), expected)
+        llm.flush_cache()
+        assert_same(llm.generate(prompts, PARAMS), expected)
+    assert not worker.is_running(), "close() leaves no worker behind"
+
+
+def test_a_killed_worker_ends_the_engine_with_a_clear_error(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    with open_tiny(tmp_path, tp=2) as llm:
+        stream = llm.stream([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
+        next(stream)
+        worker_of(llm).kill()
+        with pytest.raises(EngineDead, match="worker process of rank 1 ended with code -9"):
+            list(stream)
+        with pytest.raises(EngineDead):
+            llm.generate([[1, 2, 3]], PARAMS)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(tmp_path: Path) -> None:
+    make_tiny(tmp_path, hidden_size=60, num_attention_heads=3, num_key_value_heads=1, head_dim=20)
+    with pytest.raises(ConfigError, match="--tp 2 cannot share out 3 query heads and 1 KV heads"):
+        open_tiny(tmp_path, tp=2)
+    assert not psutil.Process().children(), "a failed start leaves no worker behind"
+
+
+def test_a_rank_that_chose_other_tokens_stops(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    request = Request(
+        request_id="a", prompt_token_ids=(1, 2, 3), params=SamplingParams(temperature=0.0, max_tokens=8, seed=0)
+    )
+    options = {"model": str(tmp_path), "dtype": "float32", "threads": 1, "max_total_tokens": 256}
+    first, second = Engine(options), Engine(options)
+    core, twin = first.rank.core, second.rank.core
+    core.follow(StepInputs(0, [Submit(request)], 0))
+    twin.follow(StepInputs(0, [Submit(request)], 0))
+    for step in range(1, 4):
+        inputs = StepInputs(step, [], core.digest)
+        assert core.digest == twin.digest != 0
+        core.follow(inputs)
+        twin.follow(inputs)
+    with pytest.raises(IntegrityError, match="diverged before step 4"):
+        twin.follow(StepInputs(4, [], core.digest ^ 1))

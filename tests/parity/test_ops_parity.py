@@ -1,0 +1,110 @@
+"""Every kernel of every operator that runs here against its contract; every known-wrong version is rejected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from attention_kernels import attention_kernel
+
+from lockstep.attention.torch_backend import ReferenceBackend, TorchBackend
+from lockstep.core.capabilities import Capabilities
+from lockstep.ops.check import check_kernel, check_mutants
+from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
+from lockstep.ops.registry import contracts, kernels
+from lockstep.platforms.cpu import CpuPlatform
+
+SEEDS = (0, 1, 20260)
+HERE = CpuPlatform().capabilities()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def runs_on(kernel: Kernel, device: Capabilities) -> bool:
+    has_features = all(device.has(feature) for feature in kernel.features)
+    return has_features and (not kernel.platforms or device.platform in kernel.platforms)
+
+
+def result_dtype(contract: Contract, case: Case) -> torch.dtype:
+    """Of the first result, or of the first argument that is written when there is none."""
+    arguments = case.make(torch.Generator().manual_seed(0))
+    out = contract.reference(*arguments)
+    if not contract.returns:
+        out = next(value for spec, value in zip(contract.arguments, arguments, strict=False) if spec.written)
+    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return first.dtype
+
+
+def all_kernels() -> list[Kernel]:
+    """What the registry offers for this processor, and the attention backends."""
+    found = [kernel for op in contracts() for kernel in kernels(op) if runs_on(kernel, HERE)]
+    return [*found, attention_kernel(TorchBackend()), attention_kernel(ReferenceBackend())]
+
+
+@pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: f"{kernel.op}-{kernel.provider}")
+def test_kernel_meets_its_contract(kernel: Kernel) -> None:
+    for seed in SEEDS:
+        report = check_kernel(contracts()[kernel.op], kernel, seed=seed)
+        print(f"seed {seed}: {report.num_cases} cases, worst {report.worst_share:.2f} in {report.worst_case}")
+        assert report.passed, report.failures or "no case ran"
+
+
+@pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
+def test_tolerances_reject_every_mutant(contract: Contract) -> None:
+    for seed in SEEDS:
+        print(f"seed {seed}")
+        assert check_mutants(contract, seed) == []
+
+
+@pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
+def test_tolerances_have_no_slack(contract: Contract) -> None:
+    """The worst kernel uses at least a twentieth of what is accepted in every dtype, or is exact."""
+    for dtype, tolerance in contract.tolerance.items():
+        cases = [case for case in contract.cases() if result_dtype(contract, case) == dtype]
+        only = replace(contract, cases=partial(iter, cases))
+        offered = [kernel for kernel in all_kernels() if kernel.op == contract.name]
+        reports = [check_kernel(only, kernel, seed=0) for kernel in offered]
+        assert any(report.num_cases for report in reports), f"no case has a result in {dtype}"
+        worst = max(report.worst_share for report in reports)
+        assert worst > 0.05 or tolerance == Tolerance(0, 0), f"{dtype}: {worst:.3f}"
+
+
+@pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
+def test_cases_cover_what_breaks_kernels(contract: Contract) -> None:
+    """No rows, one row, sizes that are no multiple of a vector, rows that do not lie side by side, every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    calls = [(case, case.make(generator)) for case in contract.cases()]
+    tensors = [[value for value in arguments if isinstance(value, torch.Tensor)] for _, arguments in calls]
+    assert len({case.name for case, _ in calls}) == len(calls), "two cases share a name"
+    assert {0, 1} <= {first[0].shape[0] for first in tensors}
+    assert any(size % 8 for each in tensors for tensor in each for size in tensor.shape if size > 8)
+    assert {tensor.dtype for each in tensors for tensor in each} >= {
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    }
+    assert {result_dtype(contract, case) for case, _ in calls} == set(contract.tolerance)
+    for case, arguments in calls:
+        assert set(case.signature) == set(contract.signature), case.name
+        assert len(arguments) == len(contract.arguments), case.name
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "rope", "kv_store"])
+def test_what_layers_slice_is_tested_in_slices(op: str) -> None:
+    """Heads and rows cut from packed products reach these operators with gaps between the rows."""
+    generator = torch.Generator().manual_seed(0)
+    first = [case.make(generator)[0] for case in contracts()[op].cases()]
+    assert any(isinstance(value, torch.Tensor) and not value.is_contiguous() for value in first)
+
+
+def test_every_contract_describes_itself() -> None:
+    for name, contract in contracts().items():
+        assert name == contract.name and contract.summary and contract.rounding, name
+        assert contract.returns or any(argument.written for argument in contract.arguments), name
+        assert contract.mutants, name
+        assert kernels(name)[0].provider == "reference" and kernels(name)[0].verified_on, name
