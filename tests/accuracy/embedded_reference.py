@@ -53,10 +53,10 @@ def next_token_logits(model: LlamaForCausalLM, tokens: Sequence[int], first: int
 
 
 @torch.no_grad()
-def greedy_answer(model: LlamaForCausalLM, prompt: Sequence[int], max_tokens: int, end: int) -> list[int]:
+def greedy_answer(model: Any, prompt: Sequence[int], max_tokens: int, end: int) -> list[int]:
     """What transformers' own generation says, without the end token."""
     prompts = torch.tensor([list(prompt)])
-    found: Any = model.generate(
+    found = model.generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=max_tokens,

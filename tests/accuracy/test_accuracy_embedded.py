@@ -19,6 +19,7 @@ from lockstep.models.loading.weights import FileWeights
 
 FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
 NUM_TOKENS = 64
+ANSWER_TOKENS = 24
 LARGEST_GAP = 0.05
 PROMPTS = (
     "The quick brown fox",
@@ -69,9 +70,8 @@ def test_greedy_text_is_that_of_transformers(reference: LlamaForCausalLM) -> Non
 
 
 def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
-    """In the default dtype against float32, so the questions leave out those where the model wavers between a right
-    and a wrong answer: a rounding would decide them."""
-    params = SamplingParams(temperature=0.0, max_tokens=32)
+    """In the default dtype against float32: on the last four the model wavers, so a rounding may decide them."""
+    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     with LLM(threads=1, max_total_tokens=4096) as llm:
         dtype, tokenizer = llm.card.dtype, llm.tokenizer
         template = tokenizer.chat_template
@@ -80,12 +80,12 @@ def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
         prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
         ours = [answer.text for answer in llm.generate(prompts, params)]
     (end,) = tokenizer.eos_token_ids
-    theirs = [tokenizer.decode(greedy_answer(reference, prompt, 32, end)) for prompt in prompts]
+    theirs = [tokenizer.decode(greedy_answer(reference, prompt, ANSWER_TOKENS, end)) for prompt in prompts]
     for fact, our, their in zip(FACTS, ours, theirs, strict=True):
         print(f"{fact['question']}\n  ours:         {our!r}\n  transformers: {their!r}")
     num_ours, num_theirs = num_right(ours), num_right(theirs)
     print(f"right: {num_ours} of {len(FACTS)} ({dtype}), transformers {num_theirs} (float32)")
-    assert len(FACTS) == 20 and num_theirs >= 10, "questions that nobody can answer compare nothing"
+    assert len(FACTS) >= 20 and num_theirs >= 10, "questions that nobody can answer compare nothing"
     assert abs(num_ours - num_theirs) <= 1
 
 

@@ -69,6 +69,17 @@ def test_a_round_is_what_the_engine_generates(model: Path) -> None:
     assert found.first_token_ids == tuple(answer.token_ids[0] for [answer] in expected)
 
 
+def test_an_end_token_ends_nothing(model: Path) -> None:
+    given = options(model)
+    own, other = (make_contender(name, given) for name in ("lockstep", "transformers"))
+    rng = random.Random(0)
+    jobs = [Job(tuple(rng.choices(range(256), k=3)), 1) for _ in range(2000)]
+    answers = zip(jobs, own.run(jobs).first_token_ids, strict=True)
+    ending = next(job for job, token_id in answers if token_id in own.card.eos_token_ids)
+    for contender in (own, other):
+        check_round(contender.run([Job(ending.prompt, 8)]), [Job(ending.prompt, 8)])
+
+
 def test_fresh_forgets_and_again_finds(model: Path) -> None:
     contender = make_contender("lockstep", options(model))
     jobs = [Job(tuple(range(100)), 4)]

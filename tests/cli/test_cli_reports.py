@@ -85,7 +85,7 @@ def test_explain_config_as_json(capsys: Streams, monkeypatch: pytest.MonkeyPatch
 def test_explain_config_refuses_what_cannot_work(capsys: Streams) -> None:
     assert main(["explain", "config", "--tp", "3"]) == 2
     assert capsys.readouterr().err == (
-        "error: --tp 3 cannot cut 4 query heads and 2 KV heads evenly; small takes --tp 1, 2 or 4\n"
+        "error: --tp 3 cannot share out 4 query heads and 2 KV heads; small takes --tp 1, 2 or 4\n"
     )
 
 

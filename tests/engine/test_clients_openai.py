@@ -31,7 +31,10 @@ WEATHER = {
         },
     },
 }
-CLOCK = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}},
+}
 PERSON = {
     "type": "object",
     "properties": {
@@ -78,7 +81,9 @@ def test_a_question_whole_and_streamed(client: openai.OpenAI, model: str) -> Non
     assert whole.choices[0].finish_reason == "stop"
     chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
-    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 3, "one by one"
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 3, (
+        "one by one"
+    )
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
 
@@ -99,7 +104,9 @@ def test_the_async_client_with_many_at_once(server: Served, model: str) -> None:
     answers = asyncio.run(crowd())
     print(answers)
     assert len(set(answers)) == 4
-    assert [word in answer.lower() for word, answer in zip(("apple", "river"), answers, strict=False)] == [True] * 2
+    assert [word in answer.lower() for word, answer in zip(("apple", "river"), answers, strict=False)] == [
+        True
+    ] * 2
 
 
 def test_leaving_a_stream_ends_the_request(server: Served, client: openai.OpenAI, model: str) -> None:
@@ -114,17 +121,16 @@ def test_leaving_a_stream_ends_the_request(server: Served, client: openai.OpenAI
 def test_a_schema_holds_the_answer(client: openai.OpenAI, model: str) -> None:
     shape = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     messages = [{"role": "user", "content": "Describe a person as JSON."}]
-    for seed in range(4):
+    for seed in range(2):
         answer = client.chat.completions.create(
             model=model, messages=messages, response_format=shape, seed=seed, temperature=1.5, max_tokens=200
         )
         assert answer.choices[0].finish_reason == "stop"
         jsonschema.validate(json.loads(answer.choices[0].message.content), PERSON)
     answer = client.chat.completions.create(
-        model=model, messages=messages, response_format={"type": "json_object"}, temperature=0, max_tokens=300
+        model=model, messages=messages, response_format={"type": "json_object"}, temperature=0, max_tokens=30
     )
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    assert answer.choices[0].message.content.lstrip().startswith("{")
     parsed = client.chat.completions.parse(
         model=model, messages=PARIS, response_format=Capital, temperature=0, max_tokens=60
     )

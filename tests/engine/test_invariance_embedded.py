@@ -12,7 +12,7 @@ from tiny_llm import assert_same
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM, Completion
 
-FLOAT32 = {"dtype": "float32", "threads": 1, "max_total_tokens": 4096}
+FLOAT32: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_total_tokens": 4096}
 PROMPTS = [
     "The capital of France is",
     "Water boils at",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_llm import (
@@ -72,7 +73,7 @@ def sampled(tiny: Tiny) -> list[Completion]:
 
 def various_params() -> list[SamplingParams]:
     """Seeded draws through every filter and penalty, and a greedy request here and there."""
-    kinds = [
+    kinds: list[dict[str, Any]] = [
         {},
         {"top_k": 20},
         {"top_p": 0.8},

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_llm import END_ID, make_tiny, open_tiny, random_prompts
-from transformers import PreTrainedModel
 
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.sampling import SamplingParams
@@ -26,7 +26,7 @@ class Pair:
     """One tiny model, ours and theirs."""
 
     path: Path
-    theirs: PreTrainedModel
+    theirs: Any
     ours: LLM
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import jsonschema
 import pytest
@@ -30,7 +31,7 @@ PROMPTS = [f"A record about {person}, whose pets are well known: " for person in
 PARAMS = SamplingParams(
     temperature=1.0, max_tokens=80, grammar=Grammar("json_schema", json.dumps(SCHEMA)), logprobs=0
 )
-OPTIONS = {"dtype": "float32", "threads": 1}
+OPTIONS: dict[str, Any] = {"dtype": "float32", "threads": 1}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from teacher_forcing import TeacherForcedEngine, largest_difference, random_sequ
 from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
-SPREAD = {"initializer_range": 0.15}
+SPREAD: dict[str, Any] = {"initializer_range": 0.15}
 STORED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},

@@ -25,7 +25,7 @@ LENGTHS = (1, 9, 24, 47, 130)
 NUM_PROMPT_TOKENS = (1, 5, 6, 30, 100)
 CHUNK = 7
 # The usual 0.02 would leave attention nearly uniform, and logits so small that no mistake is seen.
-SPREAD = {"initializer_range": 0.15}
+SPREAD: dict[str, Any] = {"initializer_range": 0.15}
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LLAMA3 = {

@@ -34,7 +34,7 @@ class TransformersContender:
         self._opened = open_for_running(options)
         self.card = self._opened.card
         self._opened.platform.set_num_threads(self._opened.config.device.threads)
-        self._model = load_model(self._opened)
+        self._model: Any = load_model(self._opened)
 
     def run(self, jobs: Sequence[Job], *, fresh: bool = True) -> Round:
         """Pads on the left; generates as long as the longest job wants and counts what each job wanted."""
@@ -51,13 +51,11 @@ class TransformersContender:
             answers = self._model.generate(
                 ids,
                 attention_mask=mask,
-                # Without an end token it neither stops early nor spends time on looking for one.
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max(wanted),
                     use_cache=True,
                     pad_token_id=0,
-                    eos_token_id=None,
                 ),
                 stopping_criteria=StoppingCriteriaList([watch]),
             )
@@ -69,7 +67,7 @@ class TransformersContender:
         ]
         return Round(
             num_prompt_tokens=sum(map(len, prompts)),
-            num_output_tokens=sum(wanted),
+            num_output_tokens=trace[-1][1],
             num_steps=len(trace),
             seconds=seconds,
             trace=tuple(trace),
@@ -78,7 +76,7 @@ class TransformersContender:
         )
 
     def close(self) -> None:
-        del self._model
+        self._model = None
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -107,6 +105,9 @@ def load_model(opened: OpenedModel) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.load(name, dtype))
+    # Without an end token it neither stops early nor spends time on looking for one. Here, because `generate`
+    # takes from the model whatever its own configuration leaves open.
+    model.generation_config.eos_token_id = None
     return model.eval().to(opened.platform.device(0))
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "Measure throughput, latency, serving and startup.",
     "ops": "List operators and kernels; say which kernel serves what, and why.",
     "explain": "Say who decided each option, and where memory goes.",
+    "platform": "Start a package for a device that Lockstep does not know.",
 }
 """Command -> its line in the help. Each is `command` in the module of its name, imported when it is called."""
 

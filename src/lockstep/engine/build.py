@@ -46,7 +46,6 @@ class BuiltRank:
     num_pages: int
     bindings: tuple[Binding, ...]
     memory: tuple[MemoryLine, ...]
-    unused_weights: tuple[str, ...]
 
 
 def build_rank(
@@ -71,7 +70,7 @@ def build_rank(
         core = EngineCore(
             _scheduler(files, config, _num_pages_configured(config)), NullExecutor(facts.vocab_size)
         )
-        return BuiltRank(core, _num_pages_configured(config), (), (), ())
+        return BuiltRank(core, _num_pages_configured(config), (), ())
     device = platform.device(mesh.rank("tp"))
     stored = StoredWeights(FileWeights(files))
     build = Build(
@@ -93,6 +92,7 @@ def build_rank(
     )
     with torch.inference_mode():
         model = model_class(files.config).make(build, files.config)
+    stored.require_all_used()
     attention, why = pick_backend(
         config.kernels.attention_backend or "auto", platform.attention_preference, build.attention_signature
     )
@@ -136,7 +136,7 @@ def build_rank(
     )
     core = EngineCore(_scheduler(files, config, num_pages), runner)
     bindings = (*build.kernels.bindings, attends)
-    return BuiltRank(core, num_pages, bindings, lines, tuple(stored.unused()))
+    return BuiltRank(core, num_pages, bindings, lines)
 
 
 def first_step(executor: Executor, *, num_tokens: int) -> None:

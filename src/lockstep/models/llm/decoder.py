@@ -47,6 +47,10 @@ class DecoderConfig:
                 raise ModelFileError(
                     f"the model's config lacks {name!r}; is this a language model's config.json?"
                 )
+        if float(config.get("partial_rotary_factor") or 1.0) != 1.0:
+            raise ModelFileError(
+                "models that rotate only a part of each head (partial_rotary_factor) are not supported"
+            )
         num_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
         positions = int(config.get("max_position_embeddings") or 2048)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lockstep.attention.backend import AttentionSpec
+from lockstep.core.errors import ModelFileError
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
@@ -119,6 +120,8 @@ class Gemma3Model(DecoderModel):
         settings = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", **config}
         settings["hidden_act"] = settings["hidden_activation"]
         settings.setdefault("rope_theta", 1e6)
+        if settings.get("use_bidirectional_attention"):
+            raise ModelFileError("Gemma 3 with bidirectional attention is not supported")
         return cls(build, DecoderConfig.parse(settings), settings)
 
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:

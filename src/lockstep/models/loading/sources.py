@@ -16,7 +16,7 @@ def _part_shape(shape: tuple[int, ...], part: Slice | None) -> tuple[int, ...]:
 
 
 class StoredWeights:
-    """Weights of a model's files. `unused` lists what no layer asked for."""
+    """Weights of a model's files, and a record of which were asked for."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -33,9 +33,21 @@ class StoredWeights:
             return self._source.load(name, dtype)
         return self._source.load(name, dtype, dim=part.dim, start=part.start, length=part.length)
 
-    def unused(self) -> list[str]:
-        """Stored names that no layer took, in the files' order."""
-        return [name for name in self._source.names() if name not in self._used]
+    def require_all_used(self) -> None:
+        """Raises ModelFileError when a stored weight was taken by no layer: the model would silently be another one.
+
+        Tables that are computed anew, and a head that repeats the embedding, may stay behind.
+        """
+        unused = [name for name in self._source.names() if name not in self._used and not _may_stay(name)]
+        if unused:
+            raise ModelFileError(
+                f"no layer takes the stored weight {unused[0]}{f' and {len(unused) - 1} more' if unused[1:] else ''}: "
+                "this variant of the architecture is not supported"
+            )
+
+
+def _may_stay(name: str) -> bool:
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
 
 
 class ShapeWeights:
