@@ -40,7 +40,7 @@ def built(layout: Layout, *, tp: int, rank: int) -> tuple[TinyModel, RecordedSha
 
 def copies_wanted(layout: Layout, name: str, tp: int) -> int:
     """How many ranks hold each entry of a weight."""
-    if "norm" in name:
+    if "norm" in name or name.endswith(".mlp.gate.weight"):
         return tp
     if "k_proj" in name or "v_proj" in name:
         return max(1, tp // layout.num_kv_heads)

@@ -102,6 +102,15 @@ LAYOUTS = (
         5,
         {"sliding_window": 3, "tie_word_embeddings": False, "final_logit_softcapping": 3.0},
     ),
+    Layout(
+        "qwen3 with experts",
+        "Qwen3MoeForCausalLM",
+        (1, 2, 4),
+        (3, 5, 8),
+        4,
+        2,
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 14, "mlp_only_layers": [0]},
+    ),
 )
 
 

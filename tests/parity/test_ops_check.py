@@ -209,3 +209,30 @@ def test_one_rounding_fits_its_tolerance_and_two_do_not(dtype: torch.dtype) -> N
 
 def test_the_float32_unit_is_half_an_ulp() -> None:
     assert torch.finfo(torch.float32).eps / 2 == FLOAT32_UNIT
+
+
+def test_each_result_has_the_tolerance_of_its_dtype() -> None:
+    """Coarse codes do not excuse a coarse scale; what no dtype excuses keeps its bits."""
+
+    def quantise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = x.float().abs().amax(-1) / 448 + eps
+        return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale.float()
+
+    def of_scale(share: float) -> Kernel:
+        def function(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, scale = quantise(x, weight, eps)
+            return codes, scale * (1 + share)
+
+        return norm_kernel(function)
+
+    exact = replace(
+        NORM,
+        returns=("codes[row, width]", "scale[row]"),
+        reference=quantise,
+        tolerance={torch.float8_e4m3fn: Tolerance(0, 0), torch.float32: Tolerance(0, 1e-6)},
+    )
+    assert check_kernel(exact, of_scale(0.0), seed=0).passed
+    failures = check_kernel(exact, of_scale(0.01), seed=0).failures
+    assert failures and all("scale is off" in text for text in failures)
+    coarse = replace(exact, tolerance={torch.float8_e4m3fn: Tolerance(0, 0.1)})
+    assert check_kernel(coarse, of_scale(0.01), seed=0).passed

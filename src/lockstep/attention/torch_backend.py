@@ -5,6 +5,7 @@ Shapes: T new tokens, N query heads, K KV heads, G query heads of a KV head, H h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,25 @@ class TorchPlan:
     extend: tuple[_ExtendItem, ...]
 
 
+class _Scratch:
+    """Room for gathered keys and values, kept from layer to layer and from step to step.
+
+    Fresh memory for each layer would be given back to the system and mapped again: that costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def gather(self, use: str, pool_NPSH: torch.Tensor, pages_P: torch.Tensor) -> torch.Tensor:
+        """The pages [N, len(pages), S, H] of a pool, valid until the same `use` gathers again."""
+        shape = (pool_NPSH.shape[0], pages_P.shape[0], *pool_NPSH.shape[2:])
+        size = math.prod(shape)
+        room = self._rooms.get((use, pool_NPSH.dtype))
+        if room is None or room.numel() < size:
+            room = self._rooms[use, pool_NPSH.dtype] = pool_NPSH.new_empty(size + size // 4)
+        return torch.index_select(pool_NPSH, 1, pages_P, out=room[:size].view(shape))
+
+
 class TorchBackend(AttentionBackend):
     """One batched product for decode rows, scaled_dot_product_attention for each longer span.
 
@@ -59,6 +79,9 @@ class TorchBackend(AttentionBackend):
     """
 
     name = "torch"
+
+    def __init__(self) -> None:
+        self._scratch = _Scratch()
 
     @classmethod
     def refuses(cls, signature: Signature) -> str | None:
@@ -89,15 +112,15 @@ class TorchBackend(AttentionBackend):
 
     def run(self, plan: TorchPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
         if len(plan.decode) == 1 and plan.decode[0].covers(q_TNH):
-            return _run_decode(plan.decode[0], q_TNH, kv, spec)
+            return _run_decode(plan.decode[0], q_TNH, kv, spec, self._scratch)
         if not plan.decode and len(plan.extend) == 1 and plan.extend[0].num_rows == q_TNH.shape[0]:
-            return _run_extend(plan.extend[0], q_TNH, kv, spec)
+            return _run_extend(plan.extend[0], q_TNH, kv, spec, self._scratch)
         out_TNH = torch.zeros_like(q_TNH)
         for group in plan.decode:
-            out_TNH[group.rows_B] = _run_decode(group, q_TNH[group.rows_B], kv, spec)
+            out_TNH[group.rows_B] = _run_decode(group, q_TNH[group.rows_B], kv, spec, self._scratch)
         for item in plan.extend:
             rows = slice(item.first_row, item.first_row + item.num_rows)
-            out_TNH[rows] = _run_extend(item, q_TNH[rows], kv, spec)
+            out_TNH[rows] = _run_extend(item, q_TNH[rows], kv, spec, self._scratch)
         return out_TNH
 
 
@@ -171,13 +194,15 @@ def _plan_extend(
     return _ExtendItem(row, span.num_tokens, num_keys, torch.tensor(pages, device=device), seen)
 
 
-def _run_decode(group: _DecodeGroup, q_BNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+def _run_decode(
+    group: _DecodeGroup, q_BNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec, scratch: _Scratch
+) -> torch.Tensor:
     num_kv_heads, _, page_size, head_dim = kv.k_NPSH.shape
     batch, num_pages = group.pages_BP.shape
     pages = group.pages_BP.flatten()
     shape = (num_kv_heads, batch, num_pages * page_size, head_dim)
-    k_KBLH = kv.k_NPSH.index_select(1, pages).view(shape)
-    v_KBLH = kv.v_NPSH.index_select(1, pages).view(shape)
+    k_KBLH = scratch.gather("k", kv.k_NPSH, pages).view(shape)
+    v_KBLH = scratch.gather("v", kv.v_NPSH, pages).view(shape)
     q_KBGH = (q_BNH.float() * spec.scale).unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
     # In float32 whatever the pool holds: a score of 20 rounded to bfloat16 would move its weight by 8 percent.
     scores_KBGL = torch.matmul(q_KBGH, k_KBLH.float().transpose(2, 3)).add_(group.bias_B1L[spec.window])
@@ -185,10 +210,12 @@ def _run_decode(group: _DecodeGroup, q_BNH: torch.Tensor, kv: LayerKV, spec: Att
     return torch.matmul(weights_KBGL, v_KBLH).transpose(0, 1).flatten(1, 2).to(q_BNH.dtype)
 
 
-def _run_extend(item: _ExtendItem, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+def _run_extend(
+    item: _ExtendItem, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec, scratch: _Scratch
+) -> torch.Tensor:
     k_1KLH, v_1KLH = (
-        pool.index_select(1, item.pages_P).flatten(1, 2)[None, :, : item.num_keys]
-        for pool in (kv.k_NPSH, kv.v_NPSH)
+        scratch.gather(use, pool, item.pages_P).flatten(1, 2)[None, :, : item.num_keys]
+        for use, pool in (("k", kv.k_NPSH), ("v", kv.v_NPSH))
     )
     mask_TL = item.seen_TL[spec.window]
     out_1NTH = torch.nn.functional.scaled_dot_product_attention(

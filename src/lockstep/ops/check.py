@@ -22,6 +22,7 @@ from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 
 _Function = Callable[..., Any]
 _Named = list[tuple[str, torch.Tensor]]
+_EXACT = Tolerance(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +107,12 @@ class _Trial:
         self._case = case
         self._seed = seed
         self._device = device
-        typed = _outcome(contract, contract.reference, self._arguments())
-        self.dtype = typed[0][1].dtype
-        tolerance = contract.tolerance.get(self.dtype)
-        if tolerance is None:
+        self._typed = _outcome(contract, contract.reference, self._arguments())
+        self.dtype = self._typed[0][1].dtype
+        if self.dtype not in contract.tolerance:
             raise KernelError(f"operator {contract.name!r} states no tolerance for {self.dtype}")
-        self._tolerance = tolerance
-        self._typed = typed
-        # Where nothing may be off, rounding is part of the meaning, and float64 has none.
-        self._expected = typed if tolerance == Tolerance(0, 0) else self._in_float64()
+        exact = all(self._tolerance(value.dtype) == _EXACT for _, value in self._typed)
+        self._expected = self._typed if exact else self._in_float64()
 
     def judge(
         self, function: _Function, prepare: _Function | None, mode: AbstractContextManager[Any]
@@ -128,17 +126,22 @@ class _Trial:
             found = _outcome(self._contract, function, given)
         problems = [*self._changed(arguments)]
         worst = 0.0
-        for (name, value), (_, typed), (_, expected) in zip(found, self._typed, self._expected, strict=True):
+        for (name, value), (_, typed), (_, wide) in zip(found, self._typed, self._expected, strict=True):
             if value.shape != typed.shape or value.dtype != typed.dtype:
                 got, wanted = ((tuple(each.shape), each.dtype) for each in (value, typed))
                 problems.append(f"{name} is {got}, not {wanted}")
                 worst = math.inf
                 continue
-            share = error_share(value.cpu(), expected, self._tolerance)
+            tolerance = self._tolerance(typed.dtype)
+            # Where nothing may be off, rounding is part of the meaning, and float64 has none.
+            share = error_share(value.cpu(), typed if tolerance == _EXACT else wide, tolerance)
             worst = max(worst, share)
             if share > 1:
                 problems.append(f"{name} is off by {share:.3g} times what is accepted")
         return worst, problems
+
+    def _tolerance(self, dtype: torch.dtype) -> Tolerance:
+        return self._contract.tolerance.get(dtype, self._contract.tolerance[self.dtype])
 
     def _arguments(self) -> list[Any]:
         """Fresh arguments, the same at each call: they depend on the seed and the case's name alone."""

@@ -54,7 +54,9 @@ class Contract:
     """One operator: its arguments, where it rounds, the calls it is tested with and how exact it must be.
 
     `reference` is plain PyTorch. `mutants` are known-wrong versions; the tolerances must reject each one.
-    `tolerance` maps the dtype of the first result. An operator that returns nothing is judged by what it wrote.
+    `tolerance` maps a result's dtype, and must hold the first result's, which serves for dtypes that are not there.
+    Where nothing at all is accepted, the reference's own bits are expected, not float64's. An operator that returns
+    nothing is judged by what it wrote.
     """
 
     name: str
