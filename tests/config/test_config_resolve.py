@@ -92,7 +92,7 @@ def test_defaults_on_a_small_host() -> None:
         "device": "cpu",
         "threads": 8,
         "kv_cache_dtype": "float32",
-        "page_size": 16,
+        "page_size": 32,
         "mem_fraction_static": 0.8,
         "max_total_tokens": 65_536,
         "max_running_requests": 64,
@@ -174,7 +174,7 @@ def test_ranks_share_the_threads() -> None:
         ({"ep": 2}, "--ep 2: only mixture-of-experts models use it"),
         ({"enable_dp_attention": True}, "--enable-dp-attention: only mixture-of-experts models use it"),
         ({"tp": 4}, "--tp 4 cannot share out 9 query heads and 3 KV heads; small takes --tp 1, 2, 3 or 9"),
-        ({"max_total_tokens": 15}, "--max-total-tokens 15 is less than one page (--page-size 16)"),
+        ({"max_total_tokens": 31}, "--max-total-tokens 31 is less than one page (--page-size 32)"),
         ({"device": "cuda"}, "--device cuda was asked for, but cpu was opened"),
         ({"force_kernel": ["rope"]}, "--force-kernel takes OP=KERNEL"),
     ],
@@ -201,9 +201,9 @@ def test_a_tight_host_gets_a_smaller_pool_that_really_fits() -> None:
     available = 2 * GIB
     config = resolved(available_bytes=available).config
     tokens = config.cache.max_total_tokens
-    assert tokens is not None and tokens % 16 == 0
+    assert tokens is not None and tokens % 32 == 0
     weights, pool = 134_515_008 * 4, tokens * 2 * 30 * 3 * 64 * 4
-    assert weights + pool <= 0.8 * available < weights + pool + 16 * 2 * 30 * 3 * 64 * 4
+    assert weights + pool <= 0.8 * available < weights + pool + 32 * 2 * 30 * 3 * 64 * 4
 
 
 @pytest.mark.parametrize("device", [HOST, GPU])
@@ -216,7 +216,7 @@ def test_no_room_for_the_pool(device: Capabilities) -> None:
 
 
 def test_an_asked_for_pool_must_fit() -> None:
-    assert resolved(max_total_tokens=16).config.cache.max_total_tokens == 16
+    assert resolved(max_total_tokens=32).config.cache.max_total_tokens == 32
     with pytest.raises(OutOfMemory, match="a KV pool of 10000000 tokens"):
         resolved(max_total_tokens=10_000_000)
 

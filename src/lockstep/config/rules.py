@@ -17,7 +17,6 @@ from lockstep.core.capabilities import Capabilities
 
 HOST_CONTEXT_LENGTH = 32_768
 HOST_POOL_TOKENS = 65_536
-PAGE_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +111,8 @@ def _kv_cache_dtype(at: Situation) -> Choice:
 
 
 def _page_size(at: Situation) -> Choice:
-    """16."""
-    return Choice(PAGE_SIZE, "derived", "small enough to share short prefixes, large enough to read in bulk")
+    """32 on a host processor, where whole pages are copied together to attend; 16 on an accelerator."""
+    return at.by_device(host=32, accelerator=16, unit="; short prefixes are shared, reads stay long")
 
 
 def _mem_fraction_static(at: Situation) -> Choice:
