@@ -106,7 +106,8 @@ def test_a_kernel_is_one_file(folder: Path) -> None:
     )
     mine = next(kernel for kernel in kernels("rms_norm") if kernel.provider == "mine")
     assert check_kernel(contracts()["rms_norm"], mine, seed=0).passed
-    assert KernelSelector(HERE, ("mine",)).bind("rms_norm", "norm", {"dtype": None, "width": 8}).kernel is mine
+    signature = {"dtype": None, "width": 8, "weight_dtype": None}
+    assert KernelSelector(HERE, ("mine",)).bind("rms_norm", "norm", signature).kernel is mine
 
 
 def test_two_kernels_of_one_provider_are_an_error(folder: Path) -> None:

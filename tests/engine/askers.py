@@ -164,6 +164,6 @@ async def some_begun(asked: Sequence[Asked], num: int, within_s: float = 60.0) -
         await asyncio.sleep(0.01)
 
 
-async def off_loop(work: Callable[[], T]) -> T:
+async def off_loop(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
     """The result of blocking work, while clients go on reading."""
-    return await asyncio.to_thread(work)
+    return await asyncio.to_thread(work, *arguments, **named)

@@ -117,7 +117,7 @@ class Hammer:
 
     def _common(self) -> dict[str, Any]:
         rng = self._rng
-        body = self._sampling() | {"max_tokens": rng.choice((1, 5, 20, 60))}
+        body = self._sampling() | {"max_tokens": rng.choice((1, 5, 20, 60, 150))}
         if rng.random() < 0.2:
             body["min_tokens"] = rng.randint(0, body["max_tokens"])
         if rng.random() < 0.1:
@@ -141,7 +141,7 @@ class Hammer:
     def _completion(self) -> dict[str, Any]:
         rng = self._rng
         prompts: tuple[Any, ...] = (
-            self._text(300),
+            self._text(150),
             [self._text() for _ in range(rng.randint(1, 4))],
             [rng.randrange(49_000) for _ in range(rng.randint(1, 50))],
         )
@@ -154,7 +154,7 @@ class Hammer:
 
     def _native(self) -> dict[str, Any]:
         rng = self._rng
-        params = self._sampling() | {"max_new_tokens": rng.choice((1, 8, 40))}
+        params = self._sampling() | {"max_new_tokens": rng.choice((1, 8, 40, 100))}
         body: dict[str, Any] = {"sampling_params": params, "rid": f"blow-{self._numbers}"}
         body |= rng.choice(({"text": self._text()}, {"input_ids": [rng.randrange(49_000) for _ in range(9)]}))
         return body | {"stream": rng.random() < 0.5, "return_logprob": rng.random() < 0.5}

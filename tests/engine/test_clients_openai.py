@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from served import REAL, Served, eventually, served
 
 PARIS = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -67,12 +67,12 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def model(client: openai.OpenAI) -> str:
+def model(client: Any) -> str:
     (only,) = client.models.list()
     return only.id
 
 
-def test_a_question_whole_and_streamed(client: openai.OpenAI, model: str) -> None:
+def test_a_question_whole_and_streamed(client: Any, model: str) -> None:
     ask: dict[str, Any] = {"model": model, "messages": PARIS, "temperature": 0, "max_tokens": 32}
     whole = client.chat.completions.create(**ask)
     text = whole.choices[0].message.content
@@ -90,6 +90,7 @@ def test_a_question_whole_and_streamed(client: openai.OpenAI, model: str) -> Non
 
 def test_the_async_client_with_many_at_once(server: Served, model: str) -> None:
     async def crowd() -> list[str]:
+        client: Any
         async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0) as client:
 
             async def one(word: str) -> str:
@@ -109,7 +110,7 @@ def test_the_async_client_with_many_at_once(server: Served, model: str) -> None:
     ] * 2
 
 
-def test_leaving_a_stream_ends_the_request(server: Served, client: openai.OpenAI, model: str) -> None:
+def test_leaving_a_stream_ends_the_request(server: Served, client: Any, model: str) -> None:
     stream = client.completions.create(model=model, prompt="Once", max_tokens=4000, stream=True)
     for _, _ in zip(stream, range(3), strict=False):
         pass
@@ -118,7 +119,7 @@ def test_leaving_a_stream_ends_the_request(server: Served, client: openai.OpenAI
     eventually(server.is_idle, 2)
 
 
-def test_a_schema_holds_the_answer(client: openai.OpenAI, model: str) -> None:
+def test_a_schema_holds_the_answer(client: Any, model: str) -> None:
     shape = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
     messages = [{"role": "user", "content": "Describe a person as JSON."}]
     for seed in range(2):
@@ -139,9 +140,7 @@ def test_a_schema_holds_the_answer(client: openai.OpenAI, model: str) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("choice", ["required", "named"])
-def test_forced_tool_calls_follow_their_schema(
-    client: openai.OpenAI, model: str, choice: str, stream: bool
-) -> None:
+def test_forced_tool_calls_follow_their_schema(client: Any, model: str, choice: str, stream: bool) -> None:
     named = {"type": "function", "function": {"name": "get_weather"}}
     ask: dict[str, Any] = {
         "model": model,
@@ -168,7 +167,7 @@ def test_forced_tool_calls_follow_their_schema(
     assert reply.choices[0].message.content or reply.choices[0].message.tool_calls
 
 
-def test_free_tool_choice_may_answer_in_words(client: openai.OpenAI, model: str) -> None:
+def test_free_tool_choice_may_answer_in_words(client: Any, model: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=PARIS, tools=[CLOCK], tool_choice="auto", temperature=0, max_tokens=48
     )
@@ -177,7 +176,7 @@ def test_free_tool_choice_may_answer_in_words(client: openai.OpenAI, model: str)
     assert answer.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 
-def test_logprobs_are_those_of_a_distribution(client: openai.OpenAI, model: str) -> None:
+def test_logprobs_are_those_of_a_distribution(client: Any, model: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=PARIS, temperature=0, max_tokens=8, logprobs=True, top_logprobs=5
     )
@@ -199,7 +198,7 @@ def test_logprobs_are_those_of_a_distribution(client: openai.OpenAI, model: str)
     assert found.text_offset == [len("".join(found.tokens[:n])) for n in range(len(found.tokens))]
 
 
-def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI, model: str) -> None:
+def test_a_seed_repeats_and_choices_differ(client: Any, model: str) -> None:
     ask: dict[str, Any] = {"model": model, "prompt": "Once upon a time", "max_tokens": 24, "seed": 7, "n": 3}
     first, second = client.completions.create(**ask), client.completions.create(**ask)
     texts = [choice.text for choice in first.choices]
@@ -209,7 +208,7 @@ def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI, model: str) ->
     assert texts != [choice.text for choice in other.choices]
 
 
-def test_stop_strings_end_the_answer(client: openai.OpenAI, model: str) -> None:
+def test_stop_strings_end_the_answer(client: Any, model: str) -> None:
     ask: dict[str, Any] = {"model": model, "prompt": "1, 2, 3, 4,", "temperature": 0, "max_tokens": 40}
     free = client.completions.create(**ask).choices[0].text
     assert "7" in free
@@ -219,18 +218,18 @@ def test_stop_strings_end_the_answer(client: openai.OpenAI, model: str) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == stopped.text
 
 
-def test_extensions_go_through_extra_body(client: openai.OpenAI, model: str) -> None:
+def test_extensions_go_through_extra_body(client: Any, model: str) -> None:
     answer = client.chat.completions.create(
         model=model, messages=PARIS, max_tokens=12, extra_body={"regex": "(yes|no)[.]", "top_k": 5}
     )
     assert answer.choices[0].message.content in ("yes.", "no.")
 
 
-def test_mistakes_are_the_exceptions_that_the_client_knows(client: openai.OpenAI, model: str) -> None:
+def test_mistakes_are_the_exceptions_that_the_client_knows(client: Any, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         client.embeddings.create(model=model, input="no pooling here")
-    assert refused.value.body["message"]
-    print(refused.value.body["message"])
+    print(refused.value.message)
+    assert "pooling" in refused.value.message
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-4o", messages=PARIS)
     with pytest.raises(openai.NotFoundError):
@@ -240,4 +239,4 @@ def test_mistakes_are_the_exceptions_that_the_client_knows(client: openai.OpenAI
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as refused:
         client.chat.completions.create(model=model, messages=PARIS, extra_body={"temprature": 1})
-    assert "temperature" in refused.value.body["message"]
+    assert "temperature" in refused.value.message

@@ -57,7 +57,7 @@ def test_a_second_server_on_the_port_of_the_first(tmp_path: Path) -> None:
         assert server.answers()
 
 
-@pytest.mark.parametrize("num_bytes", [0, 3, 1000, 1_000_000, 50_000_000])
+@pytest.mark.parametrize("num_bytes", [3, 1_000_000, 50_000_000])
 def test_a_truncated_model(tmp_path: Path, num_bytes: int) -> None:
     with embedded_model_path().open("rb") as whole:
         (tmp_path / "cut.gguf").write_bytes(whole.read(num_bytes))
@@ -125,14 +125,9 @@ def test_a_pool_too_large_says_how_much_is_needed(tmp_path: Path) -> None:
         ("--chat-template nosuch.jinja", "cannot be read"),
         ("--context-length 100000", "trained for"),
         ("--tp 7", "--tp 7 cannot"),
-        ("--ep 2", "mixture-of-experts"),
         ("--device cudaa", "did you mean 'cuda'?"),
-        ("--dtype int3", "--dtype takes one of"),
-        ("--dp 0", "from 1 up"),
         ("--host 192.0.2.7", "cannot listen on 192.0.2.7"),
         ("--tool-call-parser hermez", "did you mean 'hermes'?"),
-        ("--force-kernel linear=nosuch", "nosuch"),
-        ("--attention-backend nosuch", "unknown attention backend"),
         ("--mem-fraction-static 0.00001", "raise --mem-fraction-static"),
     ],
 )

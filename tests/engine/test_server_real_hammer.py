@@ -11,7 +11,16 @@ import pytest
 from hammer import strike
 from served import NULL, REAL, Served, eventually, served
 
-TIGHT = ("--max-running-requests", "10", "--max-queued-requests", "12", "--max-total-tokens", "12000")
+TIGHT = [
+    "--max-running-requests",
+    "10",
+    "--max-queued-requests",
+    "12",
+    "--context-length",
+    "1200",
+    "--max-total-tokens",
+    "1200",
+]
 """Little of everything, so that requests wait, are refused and lose their pages to others."""
 
 
@@ -30,14 +39,14 @@ def assert_clean(server: Served) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "seconds"), [(NULL, 3), ((*REAL, *TIGHT), 8)], ids=["null", "embedded-tight"]
+    ("options", "seconds"), [(NULL, 3), ((*REAL, *TIGHT), 7)], ids=["null", "embedded-tight"]
 )
 def test_random_requests_leave_nothing_behind(tmp_path: Path, options: tuple[str, ...], seconds: int) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     with served(tmp_path, *options) as server:
-        tally = asyncio.run(strike(server.url, seed, seconds, at_least=60, has_model=options != NULL))
-        print(dict(tally.endings))
+        tally = asyncio.run(strike(server.url, seed, seconds, at_least=40, has_model=options != NULL))
+        print(dict(tally.endings), "preemptions:", server.load()["num_preemptions"])
         assert not tally.wrong, tally.wrong[0]
         assert {"whole", "stream", "left", "refused"} <= set(tally.endings)
         assert_clean(server)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, Layout, TinyModel, build_over
 
+from lockstep.attention.backend import Span
 from lockstep.core.errors import ConfigError
 from lockstep.layers.build import Slice
 from lockstep.models.loading.sources import ShapeWeights
 from lockstep.models.registry import model_classes
-from lockstep.ops.paged_attention.reference import Span
 from lockstep.parallel.mesh import Mesh
 
 SPANS = (Span(0, 5, (0, 1)), Span(6, 1, (2, 3)), Span(4, 3, (4, 5)), Span(9, 1, (6, 7, 8)))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, Layout, TinyModel, build_over
 
+from lockstep.attention.backend import Span
 from lockstep.core.errors import PlacementError
 from lockstep.layers import attention, embedding, linear, mlp, norm
 from lockstep.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lockstep.layers.norm import AddRMSNorm, RMSNorm
 from lockstep.models.llm import gemma3, llama
 from lockstep.models.loading.sources import ShapeWeights
-from lockstep.ops.paged_attention.reference import Span
 from lockstep.parallel.mesh import Mesh, ShapeGroup
 from lockstep.parallel.placement import Partial, Sharded, gather, reduce
 

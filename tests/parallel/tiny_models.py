@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from lockstep.attention.backend import AttentionBackend
+from lockstep.attention.backend import AttentionBackend, Span
 from lockstep.attention.torch_backend import TorchBackend
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext, Slice, Weights
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
-from lockstep.ops.paged_attention.reference import Span
 from lockstep.ops.selection import KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform

@@ -7,9 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_kernels import attention_kernel
 
-from lockstep.attention.torch_backend import ReferenceBackend, TorchBackend
 from lockstep.core.capabilities import Capabilities
 from lockstep.ops.cases import DTYPES
 from lockstep.ops.check import check_kernel, check_mutants
@@ -42,9 +40,8 @@ def result_dtype(contract: Contract, case: Case) -> torch.dtype:
 
 
 def all_kernels() -> list[Kernel]:
-    """What the registry offers for this processor, and the attention backends."""
-    found = [kernel for op in contracts() for kernel in kernels(op) if runs_on(kernel, HERE)]
-    return [*found, attention_kernel(TorchBackend()), attention_kernel(ReferenceBackend())]
+    """What the registry offers for this processor."""
+    return [kernel for op in contracts() for kernel in kernels(op) if runs_on(kernel, HERE)]
 
 
 @pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: f"{kernel.op}-{kernel.provider}")

@@ -1,71 +1,56 @@
-"""What an attention backend is. Its contract and reference are the operator paged_attention."""
+"""What an attention backend is, and what it is told of a step and of a layer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from lockstep.core.errors import ConfigError, nearest
 from lockstep.kv.pool.pool import LayerKV
-from lockstep.ops.contract import Signature
-from lockstep.ops.paged_attention.reference import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens [start, start + num_tokens) of one sequence, whose keys and values lie in `page_ids` in order."""
+
+    start: int
+    num_tokens: int
+    page_ids: Sequence[int]
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Keys that the last new token may see, its own included."""
+        return self.start + self.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """How one layer attends. `window` 0 sees every earlier token; `soft_cap` 0 is none."""
+    """How one layer attends. `window` 0 sees every earlier token; `soft_cap` 0 is none; `sinks_N` is a logit of each
+    head that joins the softmax without a value."""
 
     scale: float
     window: int = 0
     soft_cap: float = 0.0
+    sinks_N: torch.Tensor | None = None
 
 
 class AttentionBackend(ABC):
-    """Plans a step once on the host, then serves every layer of it."""
+    """Plans a step once on the host, then serves every layer of it. `name` is its provider's."""
 
-    name: ClassVar[str]
-
-    @classmethod
-    @abstractmethod
-    def refuses(cls, signature: Signature) -> str | None:
-        """None when the backend serves layers of this signature, else the reason."""
+    name: str
 
     @abstractmethod
     def plan(
         self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
     ) -> Any:
-        """Everything about a step that its layers share. Rows of q follow the spans' order."""
+        """Everything about a step that its layers share. Rows of q follow the spans' order; more are padding."""
 
     @abstractmethod
     def run(self, plan: Any, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
-        """out [T, N, H] in the dtype of q, for one layer whose new keys and values are already stored."""
+        """out [T, N, H] in the dtype of q, for one layer whose new keys and values are already stored.
 
-
-def pick_backend(name: str, preference: Sequence[str], signature: Signature) -> tuple[AttentionBackend, str]:
-    """The named backend, or with "auto" the first of the platform's preference that accepts; and why.
-
-    Raises ConfigError for an unknown name or a refusal of the named one.
-    """
-    from lockstep.attention.torch_backend import ReferenceBackend, TorchBackend
-
-    known: dict[str, type[AttentionBackend]] = {kind.name: kind for kind in (TorchBackend, ReferenceBackend)}
-    if name != "auto":
-        if name not in known:
-            raise ConfigError(
-                f"unknown attention backend {name!r}{nearest(name, known)} (known: {', '.join(known)})"
-            )
-        reason = known[name].refuses(signature)
-        if reason is not None:
-            raise ConfigError(f"--attention-backend {name} cannot be used: {reason}")
-        return known[name](), "asked for"
-    refused: list[str] = []
-    for candidate in (*preference, "reference"):
-        reason = known[candidate].refuses(signature)
-        if reason is None:
-            return known[candidate](), "; ".join(["first that accepts in this platform's preference", *refused])
-        refused.append(f"{candidate}: {reason}")
-    raise ConfigError(f"no attention backend serves this model: {'; '.join(refused)}")
+        Rows of padding are zeros.
+        """

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.attention.backend import pick_backend
+from lockstep.attention.backend import AttentionBackend
+from lockstep.attention.choice import choose_backend
 from lockstep.config import EngineConfig, ModelFacts
 from lockstep.core.probe import Probe
 from lockstep.core.sampling import SamplingParams
@@ -26,7 +27,6 @@ from lockstep.layers.build import Build
 from lockstep.models.loading.sources import StoredWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_class
-from lockstep.ops.contract import Kernel
 from lockstep.ops.selection import Binding, KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform
@@ -79,12 +79,7 @@ def build_rank(
         dtype=getattr(torch, config.model.dtype),
         kv_dtype=getattr(torch, config.cache.kv_cache_dtype),
         weights=stored,
-        kernels=KernelSelector(
-            platform.capabilities(),
-            platform.kernel_preference,
-            forced=config.kernels.forced,
-            strict=config.kernels.strict_kernels,
-        ),
+        kernels=kernel_selector(config, platform),
         context_length=config.model.context_length,
         page_size=config.cache.page_size,
         probe=probe,
@@ -93,9 +88,7 @@ def build_rank(
     with torch.inference_mode():
         model = model_class(files.config).make(build, files.config)
     stored.require_all_used()
-    attention, why = pick_backend(
-        config.kernels.attention_backend or "auto", platform.attention_preference, build.attention_signature
-    )
+    attention, attends = bind_attention(config, platform, build)
 
     def runner_with(num_pages: int, hooks: Sequence[SamplerHook]) -> tuple[ModelRunner, KVPool]:
         pool = KVPool(
@@ -131,12 +124,33 @@ def build_rank(
         MemoryLine("weights", build.weight_bytes, f"{config.model.dtype}, this rank's part"),
         MemoryLine("KV pool", pool.total_bytes, pages),
     )
-    attends = Binding(
-        "paged_attention", "every layer", Kernel("paged_attention", attention.name, attention.run), why
-    )
     core = EngineCore(_scheduler(files, config, num_pages), runner)
-    bindings = (*build.kernels.bindings, attends)
+    bindings = (*build.kernels.bindings, *attends)
     return BuiltRank(core, num_pages, bindings, lines)
+
+
+def kernel_selector(config: EngineConfig, platform: Platform) -> KernelSelector:
+    """Binds kernels for the platform's device under the configuration's choices."""
+    return KernelSelector(
+        platform.capabilities(),
+        platform.kernel_preference,
+        forced=config.kernels.forced,
+        strict=config.kernels.strict_kernels,
+    )
+
+
+def bind_attention(
+    config: EngineConfig, platform: Platform, build: Build
+) -> tuple[AttentionBackend, tuple[Binding, ...]]:
+    """The attention backend for the layers that a model registered, and the decisions as bindings."""
+    return choose_backend(
+        config.kernels.attention_backend or "auto",
+        platform.capabilities(),
+        platform.attention_preference,
+        build.attention_signature,
+        forced=config.kernels.forced,
+        strict=config.kernels.strict_kernels,
+    )
 
 
 def first_step(executor: Executor, *, num_tokens: int) -> None:

@@ -152,5 +152,8 @@ def follow_lifeline(run_dir: Path) -> None:
 
 
 def new_run_dir() -> tempfile.TemporaryDirectory[str]:
-    """A private folder for sockets and the rendezvous file; only this user may enter."""
+    """A private folder for sockets and the rendezvous file; only this user may enter.
+
+    Its owner removes it; when its owner is killed, the processes that the owner started do (`follow_lifeline`).
+    """
     return tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True)

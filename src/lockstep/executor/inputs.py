@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lockstep.attention.backend import Span
 from lockstep.core.step import StepPlan
 from lockstep.executor.sequences import SequenceTable
-from lockstep.ops.paged_attention.reference import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,12 @@ class SelfAttention:
             )
             self._norms = (q_norm, k_norm)
         self._rope = build.bind(
-            "rope", where, out_dtype=build.kv_dtype, head_dim=head_dim, rotated=head_dim
+            "rope",
+            where,
+            out_dtype=build.kv_dtype,
+            head_dim=head_dim,
+            rotated=head_dim,
+            interleaved=False,
         ).function
         self._attention = Attention(build, where, (self._num_heads, self._num_kv_heads), head_dim, spec)
 

@@ -99,6 +99,7 @@ class Build:
             "page_size": self.page_size,
             "window": max(spec.window, self.attention_signature.get("window", 0)),
             "soft_cap": max(spec.soft_cap, self.attention_signature.get("soft_cap", 0.0)),
+            "sinks": spec.sinks_N is not None or self.attention_signature.get("sinks", False),
         }
         return len(self.kv_layers) - 1
 

@@ -5,6 +5,8 @@ Shapes: T tokens, D model, F inner width (this rank's).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from lockstep.core.errors import ModelFileError, nearest
@@ -13,8 +15,12 @@ from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLi
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial
 
-_ACTIVATIONS = {"silu": "silu_and_mul", "gelu_pytorch_tanh": "gelu_and_mul"}
-"""Hugging Face's activation names, and the operator that multiplies by the gate in the same pass."""
+_ACTIVATIONS: Mapping[str, tuple[str, dict[str, bool]]] = {
+    "silu": ("silu_and_mul", {}),
+    "gelu": ("gelu_and_mul", {"tanh": False}),
+    "gelu_pytorch_tanh": ("gelu_and_mul", {"tanh": True}),
+}
+"""Hugging Face's activation names: the operator that multiplies by the gate in the same pass, and its flags."""
 
 
 class GatedMLP:
@@ -42,7 +48,12 @@ class GatedMLP:
             build, f"{where}.gate_up_proj", (gate, up), hidden_size, bias=bias, axis=axis
         )
         self._down = RowParallelLinear(build, f"{where}.down_proj", down, hidden_size, bias=bias, axis=axis)
-        self._activate = build.bind(_ACTIVATIONS[activation], where, width=gate.length).function
+        op, self._flags = _ACTIVATIONS[activation]
+        self._function = build.bind(op, where, width=gate.length, **self._flags).function
 
     def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
         return self._down(self._gate_up(hidden_TD).map(self._activate))
+
+    def _activate(self, x_T2F: torch.Tensor) -> torch.Tensor:
+        out_TF: torch.Tensor = self._function(x_T2F, *self._flags.values())
+        return out_TF

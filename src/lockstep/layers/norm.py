@@ -14,7 +14,7 @@ from lockstep.parallel.placement import Partial, expect_whole, reduce
 class RMSNorm:
     """Root-mean-square norm of a whole tensor over its last dim.
 
-    `stored_minus_one`: the file keeps weight - 1 (Gemma); one is added when it is loaded, in float32.
+    `stored_minus_one`: the file keeps weight - 1 (Gemma); one is added when it is loaded, and the sum stays float32.
     """
 
     def __init__(
@@ -22,9 +22,8 @@ class RMSNorm:
     ) -> None:
         self.where = where
         self._eps = eps
-        weight_D = build.weight(f"{where}.weight", (width,), dtype=torch.float32)
-        self._weight_D = (weight_D + 1 if stored_minus_one else weight_D).to(build.dtype)
-        self._function = build.bind("rms_norm", where, width=width).function
+        self._weight_D = _weight(build, where, width, stored_minus_one)
+        self._function = build.bind("rms_norm", where, width=width, weight_dtype=self._weight_D.dtype).function
         self._point = build.point(where, ("token", "hidden"))
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -47,9 +46,10 @@ class AddRMSNorm:
         self.where = where
         self._mesh = build.mesh
         self._eps = eps
-        weight_D = build.weight(f"{where}.weight", (width,), dtype=torch.float32)
-        self._weight_D = (weight_D + 1 if stored_minus_one else weight_D).to(build.dtype)
-        self._function = build.bind("add_rms_norm", where, width=width).function
+        self._weight_D = _weight(build, where, width, stored_minus_one)
+        self._function = build.bind(
+            "add_rms_norm", where, width=width, weight_dtype=self._weight_D.dtype
+        ).function
         self._point = build.point(where, ("token", "hidden"))
 
     def __call__(
@@ -65,3 +65,10 @@ class AddRMSNorm:
         if self._point is not None:
             self._point(out_TD)
         return out_TD, total_TD
+
+
+def _weight(build: Build, where: str, width: int, stored_minus_one: bool) -> torch.Tensor:
+    """In the model's dtype, unless one was added: near one, 16 bits keep fewer digits than the file does near zero."""
+    if stored_minus_one:
+        return build.weight(f"{where}.weight", (width,), dtype=torch.float32) + 1
+    return build.weight(f"{where}.weight", (width,))

@@ -21,7 +21,7 @@ from lockstep.core.errors import KernelError
 from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 
 _Function = Callable[..., Any]
-_Named = list[tuple[str, torch.Tensor]]
+NamedTensors = list[tuple[str, torch.Tensor]]
 _EXACT = Tolerance(0, 0)
 
 
@@ -107,7 +107,7 @@ class _Trial:
         self._case = case
         self._seed = seed
         self._device = device
-        self._typed = _outcome(contract, contract.reference, self._arguments())
+        self._typed = outcome(contract, contract.reference, self._arguments())
         self.dtype = self._typed[0][1].dtype
         if self.dtype not in contract.tolerance:
             raise KernelError(f"operator {contract.name!r} states no tolerance for {self.dtype}")
@@ -123,7 +123,7 @@ class _Trial:
         if prepare is not None:
             self._prepare(given, prepare)
         with mode:
-            found = _outcome(self._contract, function, given)
+            found = outcome(self._contract, function, given)
         problems = [*self._changed(arguments)]
         worst = 0.0
         for (name, value), (_, typed), (_, wide) in zip(found, self._typed, self._expected, strict=True):
@@ -148,10 +148,10 @@ class _Trial:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {self._case.name}".encode()))
         return list(self._case.make(generator))
 
-    def _in_float64(self) -> _Named:
+    def _in_float64(self) -> NamedTensors:
         arguments = [_widened(value) for value in self._arguments()]
         with _WideStaysWide():
-            return _outcome(self._contract, self._contract.reference, arguments)
+            return outcome(self._contract, self._contract.reference, arguments)
 
     def _prepare(self, given: list[Any], prepare: _Function) -> None:
         constant = [index for index, argument in enumerate(self._contract.arguments) if argument.constant]
@@ -178,7 +178,7 @@ def error_share(value: torch.Tensor, expected: torch.Tensor, tolerance: Toleranc
     return math.inf if bool(share.isnan().any()) else float(share.max())
 
 
-def _outcome(contract: Contract, function: _Function, arguments: Sequence[Any]) -> _Named:
+def outcome(contract: Contract, function: _Function, arguments: Sequence[Any]) -> NamedTensors:
     """What a call gives: its results, then the arguments that it must have written."""
     out = function(*arguments)
     results = () if not contract.returns else out if isinstance(out, tuple) else (out,)

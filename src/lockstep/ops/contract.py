@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,34 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """The calls that an operator is timed with, and how much work each of them is.
+
+    `axis` says what grows along `sizes`. `case` gives the call of one size. `num_bytes` and `num_flops` of the call's
+    arguments are what no kernel can do without: bytes between the device's memory and its processors, and
+    floating-point operations. Left out, every tensor that goes in is read once and every result written once, and the
+    arithmetic is too little to be the limit.
+    """
+
+    axis: str
+    sizes: tuple[int, ...]
+    case: Callable[[int], Case]
+    num_bytes: Callable[..., int] | None = None
+    num_flops: Callable[..., int] | None = None
+
+    def bytes_moved(self, arguments: Sequence[Any], results: Iterable[torch.Tensor]) -> int:
+        """Bytes of one call, whatever kernel serves it."""
+        if self.num_bytes is not None:
+            return self.num_bytes(*arguments)
+        given = (value for value in arguments if isinstance(value, torch.Tensor))
+        return sum(tensor.nbytes for tensor in (*given, *results))
+
+    def flops(self, arguments: Sequence[Any]) -> int:
+        """Floating-point operations of one call; 0 where they are too few to count."""
+        return 0 if self.num_flops is None else self.num_flops(*arguments)
+
+
+@dataclass(frozen=True, slots=True)
 class Tolerance:
     """Largest accepted error: `absolute + relative * |expected|`, elementwise, against float64 maths."""
 
@@ -56,7 +84,7 @@ class Contract:
     `reference` is plain PyTorch. `mutants` are known-wrong versions; the tolerances must reject each one.
     `tolerance` maps a result's dtype, and must hold the first result's, which serves for dtypes that are not there.
     Where nothing at all is accepted, the reference's own bits are expected, not float64's. An operator that returns
-    nothing is judged by what it wrote.
+    nothing is judged by what it wrote. `workload` is what it is timed with; None for one that nobody times.
     """
 
     name: str
@@ -69,6 +97,7 @@ class Contract:
     cases: Callable[[], Iterable[Case]]
     tolerance: Mapping[torch.dtype, Tolerance]
     mutants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    workload: Workload | None = None
 
 
 def _accept(signature: Signature) -> str | None:

@@ -84,22 +84,14 @@ class KernelSelector:
             if reason is None:
                 why = "first in this platform's preference" if not refused else "first that accepts"
                 return Binding(op, where, kernel, why, tuple(refused))
-            if self._strict and self._made_for_here(kernel):
+            if self._strict and _made_for(kernel, self._capabilities):
                 raise KernelError(f"--strict-kernels: {op}.{provider} refuses {where}: {reason}")
             refused.append((provider, reason))
         reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused)
         raise KernelError(f"no kernel of {op!r} can serve {where} ({reasons})")
 
     def _refusal(self, kernel: Kernel, signature: Signature) -> str | None:
-        if not self._made_for_here(kernel):
-            return f"made for {', '.join(sorted(kernel.platforms))}, not {self._capabilities.platform}"
-        missing = [feature for feature in sorted(kernel.features) if not self._capabilities.has(feature)]
-        if missing:
-            return f"the device lacks {', '.join(missing)}"
-        return kernel.refuses(signature)
-
-    def _made_for_here(self, kernel: Kernel) -> bool:
-        return not kernel.platforms or self._capabilities.platform in kernel.platforms
+        return unmet_need(kernel, self._capabilities) or kernel.refuses(signature)
 
     def _check_forced(self) -> None:
         for op, provider in self._forced.items():
@@ -112,6 +104,18 @@ class KernelSelector:
                     f"--force-kernel {op}={provider} names no kernel{nearest(provider, known)} "
                     f"(known: {', '.join(known)})"
                 )
+
+
+def unmet_need(kernel: Kernel, capabilities: Capabilities) -> str | None:
+    """Why a kernel can run no call at all on a device of these capabilities; None when the call decides."""
+    if not _made_for(kernel, capabilities):
+        return f"made for {', '.join(sorted(kernel.platforms))}, not {capabilities.platform}"
+    missing = [feature for feature in sorted(kernel.features) if not capabilities.has(feature)]
+    return f"the device lacks {', '.join(missing)}" if missing else None
+
+
+def _made_for(kernel: Kernel, capabilities: Capabilities) -> bool:
+    return not kernel.platforms or capabilities.platform in kernel.platforms
 
 
 def _check_signature(contract: Contract, signature: Signature) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import LockstepError
 
 if TYPE_CHECKING:
     import torch
+
+
+class PlatformError(LockstepError):
+    """A platform is not fit for use as it is written, or was asked for something that its device cannot do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +26,28 @@ class MemoryFacts:
     available_bytes: int
 
 
-class Platform(ABC):
-    """A family of devices. Subclasses state facts; nothing here guesses.
+class DeviceGraph(Protocol):
+    """Work that is recorded once and submitted again as a whole, over the same memory."""
 
-    `kernel_preference` orders kernel providers, best first: of the kernels that accept a call, the one whose
-    provider stands first is bound. "reference" is appended when it is not listed.
-    `attention_preference` does the same for attention backends. `gives_memory_on_write` says that `zeros` costs
-    nothing until it is written.
+    def capture(self) -> AbstractContextManager[Any]:
+        """Records what is submitted inside instead of running it."""
+        ...
+
+    def replay(self) -> None:
+        """Submits what was recorded."""
+        ...
+
+
+class Platform(ABC):
+    """A family of devices. Subclasses state facts; nothing here guesses, and what is not stated is "no".
+
+    `device_type` is torch's word for the device. `kernel_preference` orders kernel providers, best first: of the
+    kernels that accept a call, the one whose provider stands first is bound. "reference" is appended when it is not
+    listed. `attention_preference` does the same for the operators of attention. `gives_memory_on_write` says that
+    `zeros` costs nothing until it is written.
+
+    A subclass that leaves out a fact or a method cannot be defined: PlatformError names what is missing. One that is
+    only a base for others says `abstract=True`.
     """
 
     name: ClassVar[str]
@@ -34,6 +55,11 @@ class Platform(ABC):
     kernel_preference: ClassVar[tuple[str, ...]]
     attention_preference: ClassVar[tuple[str, ...]]
     gives_memory_on_write: ClassVar[bool] = False
+
+    def __init_subclass__(cls, *, abstract: bool = False, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if not abstract:
+            _check_complete(cls)
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -49,7 +75,7 @@ class Platform(ABC):
 
     @abstractmethod
     def device(self, index: int = 0) -> torch.device:
-        """Torch's handle of device `index`."""
+        """Torch's handle of device `index`, ready for use."""
 
     @abstractmethod
     def synchronize(self) -> None:
@@ -63,3 +89,30 @@ class Platform(ABC):
 
     def set_num_threads(self, num_threads: int) -> None:  # noqa: B027 - most devices have no host threads to set
         """Use this many host threads for operators."""
+
+    def new_stream(self, index: int = 0) -> torch.Stream | None:
+        """One more queue of device `index`, or None where work runs in the order it is submitted in."""
+        return None
+
+    def new_graph(self) -> DeviceGraph:
+        """An empty graph. Raises PlatformError where `capabilities().has_graphs` is false."""
+        raise PlatformError(f"platform {self.name} has no graphs; ask its capabilities before capturing one")
+
+
+_FACTS = {"name": str, "device_type": str, "kernel_preference": tuple, "attention_preference": tuple}
+
+
+def _check_complete(cls: type[Platform]) -> None:
+    """Raises PlatformError naming every fact and method that a platform lacks."""
+    methods = [
+        f"{name}()" for name in dir(cls) if getattr(getattr(cls, name, None), "__isabstractmethod__", False)
+    ]
+    facts = [name for name in _FACTS if not hasattr(cls, name)]
+    if methods or facts:
+        raise PlatformError(
+            f"platform class {cls.__name__} lacks {', '.join([*facts, *methods])}; "
+            "lockstep.platforms.base.Platform says what each of them means"
+        )
+    for name, kind in _FACTS.items():
+        if not isinstance(getattr(cls, name), kind):
+            raise PlatformError(f"{cls.__name__}.{name} must be a {kind.__name__}, not {getattr(cls, name)!r}")

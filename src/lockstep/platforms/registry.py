@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from lockstep.core.errors import ConfigError, nearest
-from lockstep.platforms.base import Platform
+from lockstep.platforms.base import Platform, PlatformError
 
 _BUILT_IN = {
     "cuda": "lockstep.platforms.cuda:CudaPlatform",
+    "rocm": "lockstep.platforms.rocm:RocmPlatform",
+    "musa": "lockstep.platforms.musa:MusaPlatform",
     "cpu": "lockstep.platforms.cpu:CpuPlatform",
     "null": "lockstep.platforms.null:NullPlatform",
+    "sim": "lockstep.platforms.sim:SimPlatform",
 }
-_AUTOMATIC = ("cuda", "cpu")
+_AUTOMATIC = ("cuda", "rocm", "musa", "cpu")
 ENTRY_POINT_GROUP = "lockstep.platforms"
 
 
@@ -26,17 +29,50 @@ def platform_names() -> list[str]:
 
 
 def load_platform(name: str) -> Platform:
-    """The platform called `name`. Raises ConfigError naming the nearest one when it is unknown."""
+    """The platform called `name`. Raises ConfigError naming the nearest one when it is unknown.
+
+    Raises PlatformError when the package that offers it cannot be imported, or offers something else.
+    """
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
         platform: Platform = getattr(importlib.import_module(module), attribute)()
         return platform
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
-            loaded: Platform = point.load()()
-            return loaded
+            return _from_outside(point)
     known = platform_names()
     raise ConfigError(f"unknown device {name!r}{nearest(name, known)} (known: auto, {', '.join(known)})")
+
+
+def _from_outside(point: EntryPoint) -> Platform:
+    package = point.dist.name if point.dist is not None else point.value
+    try:
+        offered = point.load()
+    except (ImportError, AttributeError) as error:
+        raise PlatformError(
+            f"platform {point.name!r} of package {package} cannot be imported: {error}"
+        ) from error
+    if not (isinstance(offered, type) and issubclass(offered, Platform)):
+        raise PlatformError(
+            f"platform {point.name!r} of package {package} is {offered!r}, not a Platform class"
+        )
+    if offered.name != point.name:
+        raise PlatformError(f"package {package} offers platform {offered.name!r} under the name {point.name!r}")
+    return offered()
+
+
+def platform_of_device_type(device_type: str) -> Platform:
+    """The platform whose devices torch calls `device_type`. Raises ConfigError naming the nearest when none has it."""
+    types: list[str] = []
+    for name in platform_names():
+        platform = load_platform(name)
+        if platform.device_type == device_type:
+            return platform
+        types.append(platform.device_type)
+    raise ConfigError(
+        f"no platform has devices of type {device_type!r}{nearest(device_type, types)} "
+        f"(known: {', '.join(dict.fromkeys(types))})"
+    )
 
 
 def pick_platform(name: str = "auto") -> Platform:

@@ -1,1 +1,1 @@
-"""GeGLU: tanh-approximated gelu of the first half times the second half."""
+"""GeGLU: gelu of the first half, exact or by tanh, times the second half."""

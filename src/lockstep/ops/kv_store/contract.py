@@ -7,34 +7,63 @@ from collections.abc import Iterator
 import torch
 
 from lockstep.ops.cases import DTYPES, normal
-from lockstep.ops.contract import Argument, Case, Contract, Tolerance
+from lockstep.ops.contract import Argument, Case, Contract, Tolerance, Workload
 from lockstep.ops.kv_store.reference import kv_store
 
 _Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
+_SHAPES = (
+    (1, 1, 32, 16),
+    (40, 3, 32, 16),
+    (9, 2, 80, 1),
+    (0, 2, 32, 16),
+    (7, 8, 128, 64),
+    (2, 33, 64, 16),
+)
+"""Tokens, heads, head dim, page size."""
+
+
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for pool_dtype in DTYPES:
-            for tokens, heads, page_size in ((1, 1, 16), (40, 3, 16), (9, 2, 1), (0, 2, 16)):
+            for shape in _SHAPES:
+                for padding in (0, 3):
 
-                def make(
-                    g: torch.Generator,
-                    sizes: tuple[int, int, int] = (tokens, heads, page_size),
-                    dtypes: tuple[torch.dtype, torch.dtype] = (dtype, pool_dtype),
-                ) -> _Arguments:
-                    tokens, heads, page_size = sizes
-                    rotated = normal(g, tokens, 2 * heads, 32, dtype=dtypes[1])
-                    packed = normal(g, tokens, 2 * heads, 32, dtype=dtypes[0])
-                    k_pool, v_pool = (normal(g, heads, 64, page_size, 32, dtype=dtypes[1]) for _ in range(2))
-                    slots = torch.randperm(64 * page_size, generator=g)[:tokens]
-                    return rotated[:, heads:], packed[:, heads:], k_pool, v_pool, slots
+                    def make(
+                        g: torch.Generator,
+                        shape: tuple[int, int, int, int] = shape,
+                        padding: int = padding,
+                        dtypes: tuple[torch.dtype, torch.dtype] = (dtype, pool_dtype),
+                    ) -> _Arguments:
+                        return _call(g, shape, padding, *dtypes)
 
-                yield Case(
-                    f"{dtype} into {pool_dtype}, {tokens} tokens, {heads} heads, page {page_size}",
-                    {"dtype": dtype, "pool_dtype": pool_dtype, "page_size": page_size},
-                    make,
-                )
+                    tokens, heads, head_dim, page_size = shape
+                    size = f"{tokens}x{heads}x{head_dim}, page {page_size}"
+                    yield Case(
+                        f"{dtype} into {pool_dtype}, {size}, {padding} of padding",
+                        {"dtype": dtype, "pool_dtype": pool_dtype, "page_size": page_size},
+                        make,
+                    )
+
+
+def _call(
+    g: torch.Generator,
+    shape: tuple[int, int, int, int],
+    padding: int,
+    dtype: torch.dtype,
+    pool_dtype: torch.dtype,
+) -> _Arguments:
+    """Heads are slices of wider tensors, as rope and packed products leave them; padding lies among the tokens."""
+    tokens, heads, head_dim, page_size = shape
+    rows = tokens + padding
+    rotated = normal(g, rows, 2 * heads, head_dim, dtype=pool_dtype)
+    packed = normal(g, rows, 2 * heads, head_dim, dtype=dtype)
+    num_pages = -(-2 * rows // page_size) + 1
+    k_pool, v_pool = (normal(g, heads, num_pages, page_size, head_dim, dtype=pool_dtype) for _ in range(2))
+    slots = torch.randperm(num_pages * page_size, generator=g)[:rows]
+    slots[torch.randperm(rows, generator=g)[:padding]] = -1
+    return rotated[:, heads:], packed[:, heads:], k_pool, v_pool, slots
 
 
 def _keys_and_values_swapped(
@@ -46,7 +75,41 @@ def _keys_and_values_swapped(
 def _next_slot(
     k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    kv_store(k, v, k_pool, v_pool, (slots + 1) % (k_pool.shape[1] * k_pool.shape[2]))
+    num_slots = k_pool.shape[1] * k_pool.shape[2]
+    kv_store(k, v, k_pool, v_pool, torch.where(slots < 0, slots, (slots + 1) % num_slots))
+
+
+def _padding_written_from_the_end(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    kv_store(k, v, k_pool, v_pool, slots % (k_pool.shape[1] * k_pool.shape[2]))
+
+
+def _padding_written_to_the_first_slot(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    kv_store(k, v, k_pool, v_pool, slots.clamp_min(0))
+
+
+def _missing_last_head(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> None:
+    kv_store(k[:, :-1], v[:, :-1], k_pool[:-1], v_pool[:-1], slots)
+
+
+def _timed(tokens: int) -> Case:
+    def make(g: torch.Generator) -> _Arguments:
+        return _call(g, (tokens, 8, 128, 16), 0, torch.bfloat16, torch.bfloat16)
+
+    signature = {"dtype": torch.bfloat16, "pool_dtype": torch.bfloat16, "page_size": 16}
+    return Case(f"{tokens} tokens", signature, make)
+
+
+def _moved(
+    k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, slots: torch.Tensor
+) -> int:
+    """Rows are read from one tensor and written to the other; the rest of the pool stays where it is."""
+    return 2 * (k.nbytes + v.nbytes) + slots.nbytes
 
 
 CONTRACT = Contract(
@@ -57,7 +120,7 @@ CONTRACT = Contract(
         Argument("v", ("token", "kv_head", "head_dim"), note="in the dtype of the products"),
         Argument("k_pool", ("kv_head", "page", "slot", "head_dim"), written=True),
         Argument("v_pool", ("kv_head", "page", "slot", "head_dim"), written=True),
-        Argument("slots", ("token",), note="int64, all different"),
+        Argument("slots", ("token",), note="int64, all different; -1 for padding, which is written nowhere"),
     ),
     returns=(),
     rounding="to the pool's dtype",
@@ -65,5 +128,14 @@ CONTRACT = Contract(
     reference=kv_store,
     cases=_cases,
     tolerance=dict.fromkeys(DTYPES, Tolerance(0, 0)),
-    mutants={"keys and values swapped": _keys_and_values_swapped, "one slot further": _next_slot},
+    mutants={
+        "keys and values swapped": _keys_and_values_swapped,
+        "one slot further": _next_slot,
+        "padding counted from the end": _padding_written_from_the_end,
+        "padding in the first slot": _padding_written_to_the_first_slot,
+        "missing last head": _missing_last_head,
+    },
+    workload=Workload(
+        "tokens of 8 heads of 128 bfloat16", (1, 16, 256, 2048, 8192, 32768), _timed, num_bytes=_moved
+    ),
 )

@@ -10,9 +10,11 @@ def kv_store(
 ) -> None:
     """Write row t of k and v into slot slots[t] of the pool, rounded to the pool's dtype.
 
-    Slot s is page s // S, place s % S. No two rows name one slot.
+    Slot s is page s // S, place s % S. A row whose slot is -1 is padding and is written nowhere. No two other rows
+    name one slot.
     """
     page_size = k_NPSH.shape[2]
     for row, slot in enumerate(slots_T.tolist()):
-        k_NPSH[:, slot // page_size, slot % page_size] = k_TNH[row].to(k_NPSH.dtype)
-        v_NPSH[:, slot // page_size, slot % page_size] = v_TNH[row].to(v_NPSH.dtype)
+        if slot >= 0:
+            k_NPSH[:, slot // page_size, slot % page_size] = k_TNH[row].to(k_NPSH.dtype)
+            v_NPSH[:, slot // page_size, slot % page_size] = v_TNH[row].to(v_NPSH.dtype)

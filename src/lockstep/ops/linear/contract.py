@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lockstep.ops.cases import DTYPES, normal
-from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, rounded
+from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
 from lockstep.ops.linear.reference import linear
 
 _SHAPES = ((1, 64, 96), (5, 576, 960), (17, 1536, 576), (300, 100, 33), (0, 64, 64))
@@ -44,6 +44,19 @@ def _bias_twice(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return linear(x, weight, bias if bias is None else 2 * bias)
 
 
+def _timed(rows: int) -> Case:
+    def make(g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, None]:
+        weight = normal(g, 4096, 4096, dtype=torch.bfloat16, scale=4096**-0.5)
+        return normal(g, rows, 4096, dtype=torch.bfloat16), weight, None
+
+    signature = {"dtype": torch.bfloat16, "inputs": 4096, "outputs": 4096, "bias": False}
+    return Case(f"{rows} rows", signature, make)
+
+
+def _flops(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> int:
+    return 2 * x.shape[0] * weight.numel()
+
+
 CONTRACT = Contract(
     name="linear",
     summary="x @ weight^T + bias",
@@ -61,4 +74,7 @@ CONTRACT = Contract(
     # accepted in any order of summing.
     tolerance=rounded(1, maths=4, absolute=4 * (1536 / 2) ** 0.5 * FLOAT32_UNIT),
     mutants={"one input short": _one_input_short, "bias added twice": _bias_twice},
+    workload=Workload(
+        "rows times a 4096 x 4096 weight, bfloat16", (1, 16, 64, 256, 1024, 4096), _timed, num_flops=_flops
+    ),
 )

@@ -1,1 +1,1 @@
-"""Rotary position embedding."""
+"""Rotary position embedding of halves or of neighbouring elements."""

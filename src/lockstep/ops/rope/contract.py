@@ -7,63 +7,118 @@ from collections.abc import Iterator
 import torch
 
 from lockstep.ops.cases import DTYPES, normal, strided
-from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, rounded
+from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
 from lockstep.ops.rope.reference import rope
+
+_Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype, bool]
+
+_SHAPES = (
+    (1, 1, 64, 64),
+    (5, 12, 64, 64),
+    (3, 4, 128, 64),
+    (0, 2, 32, 32),
+    (2, 40, 128, 128),
+    (2, 3, 80, 80),
+    (2, 3, 100, 26),
+    (2, 5, 256, 256),
+)
 
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for out_dtype in dict.fromkeys((dtype, torch.float32)):
-            for tokens, heads, head_dim, rotated in (
-                (1, 1, 64, 64),
-                (5, 12, 64, 64),
-                (3, 4, 128, 64),
-                (0, 2, 32, 32),
-            ):
+            for interleaved in (False, True):
+                for tokens, heads, head_dim, rotated in _SHAPES:
 
-                def make(
-                    g: torch.Generator,
-                    shape: tuple[int, int, int] = (tokens, heads, head_dim),
-                    rotated: int = rotated,
-                    dtypes: tuple[torch.dtype, torch.dtype] = (dtype, out_dtype),
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype]:
-                    angles = torch.rand(shape[0], rotated // 2, generator=g) * 100
-                    return strided(normal(g, *shape, dtype=dtypes[0])), angles.cos(), angles.sin(), dtypes[1]
+                    def make(
+                        g: torch.Generator,
+                        shape: tuple[int, int, int] = (tokens, heads, head_dim),
+                        rotated: int = rotated,
+                        dtypes: tuple[torch.dtype, torch.dtype] = (dtype, out_dtype),
+                        interleaved: bool = interleaved,
+                    ) -> _Arguments:
+                        angles = torch.rand(shape[0], rotated // 2, generator=g) * 100
+                        x = strided(normal(g, *shape, dtype=dtypes[0]))
+                        return x, angles.cos(), angles.sin(), dtypes[1], interleaved
 
-                yield Case(
-                    f"{dtype} to {out_dtype} {tokens}x{heads}x{head_dim}, {rotated} rotated",
-                    {"dtype": dtype, "out_dtype": out_dtype, "head_dim": head_dim, "rotated": rotated},
-                    make,
-                )
+                    order = ", interleaved" if interleaved else ""
+                    yield Case(
+                        f"{dtype} to {out_dtype} {tokens}x{heads}x{head_dim}, {rotated} rotated{order}",
+                        {
+                            "dtype": dtype,
+                            "out_dtype": out_dtype,
+                            "head_dim": head_dim,
+                            "rotated": rotated,
+                            "interleaved": interleaved,
+                        },
+                        make,
+                    )
+
+        def some_heads(g: torch.Generator, dtype: torch.dtype = dtype) -> _Arguments:
+            angles = torch.rand(4, 48, generator=g) * 100
+            return normal(g, 4, 9, 96, dtype=dtype)[:, 2:7], angles.cos(), angles.sin(), dtype, False
+
+        yield Case(
+            f"{dtype} slice of heads",
+            {"dtype": dtype, "out_dtype": dtype, "head_dim": 96, "rotated": 96, "interleaved": False},
+            some_heads,
+        )
 
 
-def _other_way(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    return rope(x, cos, -sin, out_dtype)
+def _other_way(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out_dtype: torch.dtype, interleaved: bool
+) -> torch.Tensor:
+    return rope(x, cos, -sin, out_dtype, interleaved)
 
 
-def _interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
-    half = cos.shape[-1]
-    pairs = x[..., : 2 * half].float().unflatten(-1, (half, 2))
-    a, b, c, s = pairs[..., 0], pairs[..., 1], cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = torch.stack((a * c - b * s, b * c + a * s), dim=-1).flatten(-2)
-    return torch.cat((turned, x[..., 2 * half :].float()), dim=-1).to(out_dtype)
+def _other_pairs(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out_dtype: torch.dtype, interleaved: bool
+) -> torch.Tensor:
+    return rope(x, cos, sin, out_dtype, not interleaved)
+
+
+def _angles_of_the_next_token(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out_dtype: torch.dtype, interleaved: bool
+) -> torch.Tensor:
+    return rope(x, cos.roll(-1, 0), sin.roll(-1, 0), out_dtype, interleaved)
+
+
+def _timed(tokens: int) -> Case:
+    def make(g: torch.Generator) -> _Arguments:
+        angles = torch.rand(tokens, 64, generator=g) * 100
+        return (
+            normal(g, tokens, 32, 128, dtype=torch.bfloat16),
+            angles.cos(),
+            angles.sin(),
+            torch.bfloat16,
+            False,
+        )
+
+    sizes = {"head_dim": 128, "rotated": 128, "interleaved": False}
+    return Case(f"{tokens} tokens", {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16, **sizes}, make)
 
 
 CONTRACT = Contract(
     name="rope",
-    summary="rotate pairs (i, i + R/2) of each head by the token's angles",
+    summary="rotate pairs of each head's first elements by the token's angles",
     arguments=(
         Argument("x", ("token", "head", "head_dim")),
         Argument("cos", ("token", "rotated / 2"), note="float32"),
         Argument("sin", ("token", "rotated / 2"), note="float32"),
         Argument("out_dtype"),
+        Argument("interleaved", note="pairs (2i, 2i + 1) instead of (i, i + rotated / 2)"),
     ),
     returns=("out[token, head, head_dim]",),
     rounding="float32 inside, one rounding to out_dtype",
-    signature=("dtype", "out_dtype", "head_dim", "rotated"),
+    signature=("dtype", "out_dtype", "head_dim", "rotated", "interleaved"),
     reference=rope,
     cases=_cases,
     # Two products below 6, each rounded, then their difference: what cancels keeps the products' errors.
     tolerance=rounded(1, maths=2, absolute=2 * 6 * FLOAT32_UNIT),
-    mutants={"rotated the other way": _other_way, "interleaved pairs": _interleaved},
+    mutants={
+        "rotated the other way": _other_way,
+        "pairs of the other order": _other_pairs,
+        "angles of the next token": _angles_of_the_next_token,
+    },
+    workload=Workload("tokens of 32 heads of 128 bfloat16", (1, 16, 256, 2048, 8192, 32768), _timed),
 )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from lockstep.core.capabilities import Capabilities
-from lockstep.platforms.base import MemoryFacts, Platform
-
-if TYPE_CHECKING:
-    import torch
+from lockstep.platforms.accelerator import CudaGraph, TorchAccelerator, has_package
+from lockstep.platforms.base import DeviceGraph
 
 
-class CudaPlatform(Platform):
+class CudaPlatform(TorchAccelerator):
     """NVIDIA GPUs. bf16 needs compute capability 8.0; older cards run in float16."""
 
     name = "cuda"
     device_type = "cuda"
-    kernel_preference = ("torch", "reference")
-    attention_preference = ("torch",)
+    kernel_preference = ("cublas", "cudnn", "flashinfer", "triton", "torch", "reference")
+    attention_preference = ("flashinfer", "triton", "torch")
 
     def unavailable_reason(self) -> str | None:
         import torch
@@ -33,10 +29,12 @@ class CudaPlatform(Platform):
 
         facts = torch.cuda.get_device_properties(0)
         capability = facts.major * 10 + facts.minor
-        features = {f"sm_{capability}"}
+        has_triton = capability >= 70 and has_package("triton")
+        features = {f"sm_{capability}", "fast_bf16_attention"}
         if capability >= 89:
             features.add("fp8")
-        features.add("fast_bf16_attention")
+        if has_triton:
+            features.add("triton")
         return Capabilities(
             platform=self.name,
             device_type=self.device_type,
@@ -47,23 +45,9 @@ class CudaPlatform(Platform):
             features=frozenset(features),
             has_graphs=True,
             has_streams=True,
-            has_triton=capability >= 70,
+            has_triton=has_triton,
             collective_backend="nccl",
-            num_threads=1,
         )
 
-    def memory(self, index: int = 0) -> MemoryFacts:
-        import torch
-
-        free, total = torch.cuda.mem_get_info(index)
-        return MemoryFacts(total, free)
-
-    def device(self, index: int = 0) -> torch.device:
-        import torch
-
-        return torch.device("cuda", index)
-
-    def synchronize(self) -> None:
-        import torch
-
-        torch.cuda.synchronize()
+    def new_graph(self) -> DeviceGraph:
+        return CudaGraph()

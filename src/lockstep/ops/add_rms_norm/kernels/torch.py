@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lockstep.ops.contract import Kernel
+from lockstep.ops.rms_norm.weights import refuses_mixed_dtypes
 
 
 def add_rms_norm(
@@ -15,4 +16,12 @@ def add_rms_norm(
     return torch.rms_norm(residual_TD, (residual_TD.shape[-1],), weight_D, eps), residual_TD
 
 
-KERNELS = (Kernel(op="add_rms_norm", provider="torch", function=add_rms_norm, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(
+        op="add_rms_norm",
+        provider="torch",
+        function=add_rms_norm,
+        refuses=refuses_mixed_dtypes,
+        verified_on=("cpu",),
+    ),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lockstep.ops.contract import Kernel
+from lockstep.ops.rms_norm.weights import refuses_mixed_dtypes
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -12,4 +13,12 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return torch.rms_norm(x_TD, (x_TD.shape[-1],), weight_D, eps)
 
 
-KERNELS = (Kernel(op="rms_norm", provider="torch", function=rms_norm, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(
+        op="rms_norm",
+        provider="torch",
+        function=rms_norm,
+        refuses=refuses_mixed_dtypes,
+        verified_on=("cpu",),
+    ),
+)

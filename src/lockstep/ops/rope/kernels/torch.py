@@ -10,11 +10,17 @@ from lockstep.ops.contract import Kernel, Signature
 def _refuses(signature: Signature) -> str | None:
     if signature["rotated"] != signature["head_dim"]:
         return "rotates whole heads only"
+    if signature["interleaved"]:
+        return "rotates halves, not neighbouring elements"
     return None
 
 
 def rope(
-    x_TNH: torch.Tensor, cos_TR2: torch.Tensor, sin_TR2: torch.Tensor, out_dtype: torch.dtype
+    x_TNH: torch.Tensor,
+    cos_TR2: torch.Tensor,
+    sin_TR2: torch.Tensor,
+    out_dtype: torch.dtype,
+    interleaved: bool = False,
 ) -> torch.Tensor:
     """See the contract."""
     half = cos_TR2.shape[-1]

@@ -1,0 +1,178 @@
+"""Mixtures of gated feed-forward experts: routing, experts split over ranks.
+
+Shapes: T tokens, D model, E experts (this rank's, but the router scores all), F inner width (this rank's), K experts of
+each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lockstep.core.errors import ConfigError, ModelFileError
+from lockstep.layers.build import Build, ForwardContext, Slice
+from lockstep.layers.linear import TP, Part, Product
+from lockstep.ops.fused_moe.reference import fused_moe
+from lockstep.parallel.mesh import Axis
+from lockstep.parallel.placement import Partial, expect_whole
+
+EP = "ep"
+
+_Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gate [F, D], up [F, D] and down [D, F] of one expert."""
+
+
+class SoftmaxRouter:
+    """Picks the K likeliest of all experts for each token; every rank picks the same."""
+
+    def __init__(
+        self, build: Build, where: str, *, hidden_size: int, num_experts: int, top_k: int, renormalise: bool
+    ) -> None:
+        self._product = Product(build, where, build.weight(f"{where}.weight", (num_experts, hidden_size)), None)
+        self._top_k = top_k
+        self._renormalise = renormalise
+        self._choose = build.bind(
+            "moe_topk_softmax", where, experts=num_experts, top_k=top_k, renormalise=renormalise
+        ).function
+        self._point = build.point(where, ("token", "expert"))
+
+    def __call__(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights float32 [T, K] and expert ids int32 [T, K]."""
+        logits_TE = self._product(hidden_TD)
+        if self._point is not None:
+            self._point(logits_TE)
+        weights_TK, ids_TK = self._choose(logits_TE, self._top_k, self._renormalise)
+        return weights_TK, ids_TK
+
+
+class MoE:
+    """sum_k weight_k * expert_k(x). Takes a whole [T, D], gives Partial [T, D] over both axes at once.
+
+    Whole experts are shared out over `expert_axis`, the inner width of each over `axis`. Each rank computes its
+    part of the experts it holds, so that one sum over the product of the axes is all that is owed.
+    Raises ConfigError when there are more ranks than things to share.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        where: str,
+        *,
+        hidden_size: int,
+        inner_size: int,
+        num_experts: int,
+        top_k: int,
+        renormalise: bool,
+        expert_axis: str = EP,
+        axis: str = TP,
+    ) -> None:
+        self.where = where
+        self._axes: Axis = (expert_axis, axis)
+        self._router = SoftmaxRouter(
+            build,
+            f"{where}.gate",
+            hidden_size=hidden_size,
+            num_experts=num_experts,
+            top_k=top_k,
+            renormalise=renormalise,
+        )
+        group, expert_group = build.mesh.group(axis), build.mesh.group(expert_axis)
+        inner = Part.of(f"{where}.experts", inner_size, group.rank, group.size)
+        self._experts = _share_of_experts(num_experts, expert_group.rank, expert_group.size)
+        self._has_all = len(self._experts) == num_experts
+        kernel = build.bind(
+            "fused_moe",
+            f"{where}.experts",
+            experts=len(self._experts),
+            top_k=top_k,
+            width=hidden_size,
+            inner=inner.length,
+        ).kernel
+        weights = _load_experts(build, inner, hidden_size, num_experts, self._experts)
+        # On the meta device there are no bytes to prepare and no routing to read, only shapes to check.
+        is_meta = build.device.type == "meta"
+        self._weights: Sequence[Any] = weights
+        if kernel.prepare is not None and not is_meta:
+            self._weights = [kernel.prepare(weight) for weight in weights]
+        self._function: Callable[..., Any] = fused_moe if is_meta else kernel.function
+        self._point = build.point(where, ("token", "output"), f"partial:{expert_axis},{axis}")
+
+    def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
+        hidden_TD = expect_whole(hidden_TD, self.where)
+        weights_TK, ids_TK = self._router(hidden_TD)
+        out_TD = self._function(hidden_TD, *self._weights, weights_TK, self._own_ids(ids_TK))
+        if self._point is not None:
+            self._point(out_TD)
+        return Partial(out_TD, self._axes, self.where)
+
+    def _own_ids(self, ids_TK: torch.Tensor) -> torch.Tensor:
+        """Ids counted from this rank's first expert; -1 for experts of other ranks."""
+        if self._has_all:
+            return ids_TK
+        is_mine_TK = (ids_TK >= self._experts.start) & (ids_TK < self._experts.stop)
+        return torch.where(is_mine_TK, ids_TK - self._experts.start, -1)
+
+
+def _share_of_experts(num_experts: int, rank: int, num_ranks: int) -> range:
+    """This rank's experts; shares differ by one at most. Raises ConfigError for none."""
+    experts = range(rank * num_experts // num_ranks, (rank + 1) * num_experts // num_ranks)
+    if not experts:
+        raise ConfigError(f"{num_experts} experts cannot be shared out over --ep {num_ranks}")
+    return experts
+
+
+def _load_experts(
+    build: Build, inner: Part, hidden_size: int, num_experts: int, experts: range
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up [E, 2F, D] and down [E, D, F] of these experts, in whichever of three ways the file keeps them."""
+
+    def one_by_one(expert: int) -> _Expert:
+        rows, columns = Slice(0, inner.start, inner.length), Slice(1, inner.start, inner.length)
+        return (
+            build.weight(f"{inner.name}.{expert}.gate_proj.weight", (inner.total, hidden_size), rows),
+            build.weight(f"{inner.name}.{expert}.up_proj.weight", (inner.total, hidden_size), rows),
+            build.weight(f"{inner.name}.{expert}.down_proj.weight", (hidden_size, inner.total), columns),
+        )
+
+    def whole(name: str, expert: int, *shape: int) -> torch.Tensor:
+        return build.weight(f"{inner.name}.{name}", (num_experts, *shape), Slice(0, expert, 1))[0]
+
+    def own(gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor) -> _Expert:
+        part = slice(inner.start, inner.start + inner.length)
+        return gate_FD[part], up_FD[part], down_DF[:, part]
+
+    def stacked(expert: int) -> _Expert:
+        gate_FD, up_FD = (
+            whole(f"{name}_proj.weight", expert, inner.total, hidden_size) for name in ("gate", "up")
+        )
+        return own(gate_FD, up_FD, whole("down_proj.weight", expert, hidden_size, inner.total))
+
+    def stacked_and_packed(expert: int) -> _Expert:
+        gate_FD, up_FD = whole("gate_up_proj", expert, 2 * inner.total, hidden_size).chunk(2)
+        return own(gate_FD, up_FD, whole("down_proj", expert, hidden_size, inner.total))
+
+    options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
+    gate_up_E2FD = torch.empty(len(experts), 2 * inner.length, hidden_size, **options)
+    down_EDF = torch.empty(len(experts), hidden_size, inner.length, **options)
+    ways = (one_by_one, stacked, stacked_and_packed)
+    for index, (gate_FD, up_FD, down_DF) in enumerate(_read_experts(ways, experts)):
+        gate_up_E2FD[index, : inner.length] = gate_FD
+        gate_up_E2FD[index, inner.length :] = up_FD
+        down_EDF[index] = down_DF
+    return gate_up_E2FD, down_EDF
+
+
+def _read_experts(ways: Sequence[Callable[[int], _Expert]], experts: range) -> Iterator[_Expert]:
+    """Each expert, in the first way that works. Raises the first way's ModelFileError when none does."""
+    errors: list[ModelFileError] = []
+    for read in ways:
+        try:
+            yield read(experts[0])
+        except ModelFileError as error:
+            errors.append(error)
+        else:
+            yield from map(read, experts[1:])
+            return
+    raise errors[0]

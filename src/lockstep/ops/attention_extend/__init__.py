@@ -1,0 +1,1 @@
+"""Causal attention of new tokens over keys and values in pages."""

@@ -1,0 +1,1 @@
+"""A mixture of gated feed-forward experts, after routing."""

@@ -1,0 +1,1 @@
+"""Rows grouped by expert times the weight of their expert."""

@@ -1,0 +1,89 @@
+"""The part of a grouped product that a program of the Triton kernel computes.
+
+A device whose best tiles were measured has them in `tuned/{device name}.json`; any other gets what the rules below say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_TUNED = Path(__file__).parent / "tuned"
+
+
+class Tile(NamedTuple):
+    """`rows` x `outputs` of the result, `inputs` at a time, `num_stages` such steps on their way."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+class Problem(NamedTuple):
+    """What decides a tile. `outputs` counts gate and up as two; elements of `itemsize` bytes."""
+
+    num_pairs: int
+    num_experts: int
+    inputs: int
+    outputs: int
+    itemsize: int
+
+
+def rows_of(num_pairs: int, num_experts: int) -> int:
+    """Rows of a block when the pairs are spread evenly: the power of two that holds an expert's share, 16 to 128."""
+    share = -(-num_pairs // max(1, min(num_pairs, num_experts)))
+    return min(128, max(16, 1 << (share - 1).bit_length()))
+
+
+def default_tile(rows: int, itemsize: int) -> Tile:
+    """The tile for blocks of so many rows, where nothing was measured.
+
+    Few rows are bound by reading weights: long inputs keep a line of memory together, narrow outputs make programs
+    enough to ask for everything at once. Many rows are bound by the products: wide tiles use each value more often.
+    float32 products run on no matrix unit, so their tiles are what registers hold.
+    """
+    if itemsize > 2:
+        return Tile(rows, 32, 32, num_warps=4, num_stages=2)
+    if rows <= 32:
+        return Tile(rows, 32, 128, num_warps=4, num_stages=4)
+    if rows <= 64:
+        return Tile(rows, 64, 64, num_warps=4, num_stages=4)
+    return Tile(rows, 128, 64, num_warps=8, num_stages=3)
+
+
+def tile_of(problem: Problem, device_name: str) -> Tile:
+    """The measured tile of the device for this problem, or the default one."""
+    for measured in tuned_tiles(device_name):
+        if measured.covers(problem):
+            return measured.tile
+    return default_tile(rows_of(problem.num_pairs, problem.num_experts), problem.itemsize)
+
+
+class Measured(NamedTuple):
+    """A tile that was measured to be best for a problem and for fewer pairs than it has."""
+
+    problem: Problem
+    tile: Tile
+
+    def covers(self, problem: Problem) -> bool:
+        """True for the same weights and no more pairs."""
+        return problem[1:] == self.problem[1:] and problem.num_pairs <= self.problem.num_pairs
+
+
+@cache
+def tuned_tiles(device_name: str) -> tuple[Measured, ...]:
+    """Measured tiles of a device, fewest pairs first; none where nobody measured.
+
+    The file is a list of {"problem": {...}, "tile": {...}} with the fields of Problem and Tile.
+    """
+    file = _TUNED / (re.sub(r"\W+", "_", device_name).strip("_").lower() + ".json")
+    if not file.exists():
+        return ()
+    entries = json.loads(file.read_text())
+    found = [Measured(Problem(**entry["problem"]), Tile(**entry["tile"])) for entry in entries]
+    return tuple(sorted(found, key=lambda measured: measured.problem.num_pairs))

@@ -1,0 +1,1 @@
+"""Token-expert pairs in the order of their experts, padded to whole blocks."""

@@ -1,0 +1,1 @@
+"""Routing by sigmoid scores, with a correction bias and expert groups."""

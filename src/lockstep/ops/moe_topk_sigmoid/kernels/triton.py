@@ -1,0 +1,44 @@
+"""One Triton program, a few lanes to each row: every logit is read once from memory."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.ops.contract import Kernel, Signature
+from lockstep.ops.moe_topk_softmax.kernels.triton import refuses_sizes
+
+_MOST_GROUPS = 16
+"""Every two groups are compared: beyond this the program grows too long."""
+
+
+def _refuses(signature: Signature) -> str | None:
+    if signature["num_groups"] > _MOST_GROUPS:
+        return f"compares up to {_MOST_GROUPS} groups, not {signature['num_groups']}"
+    return refuses_sizes(signature)
+
+
+def moe_topk_sigmoid(
+    logits_TE: torch.Tensor,
+    bias_E: torch.Tensor | None,
+    top_k: int,
+    num_groups: int,
+    top_k_groups: int,
+    renormalise: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract."""
+    from lockstep.ops.moe_topk_sigmoid.programs import route
+
+    return route(logits_TE, bias_E, top_k, num_groups, top_k_groups, renormalise, scale)
+
+
+KERNELS = (
+    Kernel(
+        op="moe_topk_sigmoid",
+        provider="triton",
+        function=moe_topk_sigmoid,
+        platforms=frozenset({"cuda", "rocm", "musa"}),
+        features=frozenset({"triton"}),
+        refuses=_refuses,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Routing by softmax: the experts of each token and their weights."""

@@ -1,1 +1,0 @@
-"""Attention of new tokens over keys and values in pages."""

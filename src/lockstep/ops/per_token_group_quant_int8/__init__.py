@@ -1,0 +1,1 @@
+"""Each row in groups of int8 codes, one scale a group."""

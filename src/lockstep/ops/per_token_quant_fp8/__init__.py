@@ -1,0 +1,1 @@
+"""Each row in e4m3 codes with one scale."""

@@ -1,0 +1,35 @@
+"""The group quantiser's Triton program, with rows for groups."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.ops.contract import Kernel, Signature
+from lockstep.ops.per_token_group_quant_fp8.reference import FP8_MAX
+from lockstep.ops.per_token_group_quant_fp8.tiles import WIDEST_GROUP
+
+
+def _refuses(signature: Signature) -> str | None:
+    if signature["width"] > WIDEST_GROUP:
+        return f"holds a row in registers: up to {WIDEST_GROUP} elements, not {signature['width']}"
+    return None
+
+
+def per_token_quant_fp8(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract."""
+    from lockstep.ops.per_token_group_quant_fp8.programs import quantise
+
+    group = x_TD.shape[-1]
+    return quantise(x_TD, group, torch.float8_e4m3fn, FP8_MAX, column_major=False, ue8m0=False)
+
+
+KERNELS = (
+    Kernel(
+        op="per_token_quant_fp8",
+        provider="triton",
+        function=per_token_quant_fp8,
+        platforms=frozenset({"cuda", "rocm", "musa"}),
+        features=frozenset({"fp8", "triton"}),
+        refuses=_refuses,
+    ),
+)

@@ -1,0 +1,66 @@
+"""What torch's accelerator modules (torch.cuda, torch.musa...) have in common: one interface under several names.
+
+Source: PyTorch, "Accelerator integration", the device module that a backend registers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from lockstep.platforms.base import MemoryFacts, Platform
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchAccelerator(Platform, abstract=True):
+    """Devices behind a module of torch. Which kernels run on them is each platform's own business."""
+
+    def memory(self, index: int = 0) -> MemoryFacts:
+        free_bytes, total_bytes = self._module().mem_get_info(index)
+        return MemoryFacts(total_bytes, free_bytes)
+
+    def device(self, index: int = 0) -> torch.device:
+        import torch
+
+        return torch.device(self.device_type, index)
+
+    def synchronize(self) -> None:
+        self._module().synchronize()
+
+    def new_stream(self, index: int = 0) -> torch.Stream | None:
+        import torch
+
+        return torch.Stream(self.device(index)) if self.capabilities().has_streams else None
+
+    def _module(self) -> Any:
+        """torch.cuda, torch.musa...: the module that torch keeps under the device's name."""
+        import torch
+
+        return getattr(torch, self.device_type)
+
+
+class CudaGraph:
+    """A graph of torch.cuda, which is CUDA's or HIP's."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self) -> AbstractContextManager[Any]:
+        """Records what is submitted inside, on a stream of its own, into the graph's own memory."""
+        import torch
+
+        return torch.cuda.graph(self._graph)
+
+    def replay(self) -> None:
+        """Submits what was recorded to the current stream."""
+        self._graph.replay()
+
+
+def has_package(name: str) -> bool:
+    """True when a Python package can be imported; does not import it."""
+    return importlib.util.find_spec(name) is not None

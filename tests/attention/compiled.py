@@ -1,0 +1,90 @@
+"""Compiles the Triton programs of attention for a GPU that need not be here: `python compiled.py TARGET CACHE`.
+
+Launches nothing: every launch is turned into a compilation for the target. Exits 1 when a program needs more shared
+memory than the target has, or lacks its matrix instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TARGET, os.environ["TRITON_CACHE_DIR"] = sys.argv[1:3]
+os.environ.pop("TRITON_INTERPRET", None)
+
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from lockstep.ops.attention_decode import programs as decode
+from lockstep.ops.attention_extend import programs as extend
+from lockstep.ops.attention_extend.cases import Layer, paged_inputs
+
+# Target, bytes of shared memory for one program, an instruction for products of bfloat16.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync.aligned.m16n8k16.row.col.f32.bf16"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, "bf16"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma_f32"),
+}
+LAYERS = (
+    Layer(32, 8, 128, 16),
+    Layer(9, 3, 80, 1, window=100, soft_cap=5.0, sinks=True),
+    Layer(8, 8, 256, 64),
+)
+
+
+class TargetDriver:
+    """As much of a driver as compiling needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiling:
+    """Stands in for a program: a launch compiles, and looks at what came out."""
+
+    def __init__(self, program: Any, shared_bytes: int, instruction: str | None) -> None:
+        self._program = program
+        self._shared_bytes = shared_bytes
+        self._instruction = instruction
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compiled(*arguments: Any, **options: Any) -> None:
+            found = self._program.warmup(*arguments, grid=grid, **options)
+            assembly = found.asm.get("ptx") or found.asm["amdgcn"]
+            print(f"{self._program.__name__}: {found.metadata.shared} bytes of shared memory")
+            assert found.metadata.shared <= self._shared_bytes, f"{found.metadata.shared} bytes do not fit"
+            assert self._instruction is None or self._instruction in assembly, f"no {self._instruction}"
+
+        return compiled
+
+
+def main() -> None:
+    target, shared_bytes, instruction = TARGETS[TARGET]
+    driver.set_active(TargetDriver(target))
+    extend._extend = Compiling(extend._extend, shared_bytes, instruction)
+    decode._decode = Compiling(decode._decode, shared_bytes, instruction)
+    decode._merge = Compiling(decode._merge, shared_bytes, None)
+    for layer in LAYERS:
+        made = paged_inputs(torch.Generator().manual_seed(0), layer, torch.bfloat16, 2, (33, 4000))
+        pools, how = (made.k_KPSH, made.v_KPSH), (layer.scale, layer.window, layer.soft_cap)
+        at = (made.num_keys_B, made.sinks_N, made.out_TNH)
+        cu_rows = torch.tensor([0, 1, 2], dtype=torch.int32)
+        print(TARGET, layer)
+        decode.decode(made.q_TNH, *pools, made.page_table_BP, *at, *how)
+        extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Runs the Triton kernels of attention on the processor, in Triton's interpreter: `python interpreted.py OP SEED`.
+
+Checks every case of the contract that is small enough, then decoding again without parts. Exits 1 on a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from lockstep.ops.attention_extend import tiles
+from lockstep.ops.check import check_kernel
+from lockstep.ops.contract import Case, Contract
+from lockstep.ops.registry import contracts, kernels
+
+MOST_PROGRAMS = 60
+"""Programs times turns of the loop that are still quick to interpret."""
+
+
+def as_processors_do() -> None:
+    """The interpreter cuts floats off where it makes them bfloat16, and multiplies bfloat16 as if bits were numbers."""
+    own_convert, own_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert(values: np.ndarray, given: Any, wanted: Any, rounding: Any) -> np.ndarray:
+        if given != tl.float32 or wanted != tl.bfloat16:
+            return np.asarray(own_convert(values, given, wanted, rounding))
+        floats = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
+        return np.asarray(floats.to(torch.bfloat16).view(torch.uint16).numpy())
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint16).astype(np.int32) << 16)
+        return interpreter.TensorHandle(bits.view(torch.float32).numpy(), tl.float32)
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return own_dot(builder, widened(a), widened(b), *rest)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def small_cases(contract: Contract) -> Iterator[Case]:
+    for case in contracts()[contract.name].cases():
+        arguments = case.make(torch.Generator().manual_seed(0))
+        q, pool, num_keys = arguments[0], arguments[1], arguments[4 if "decode" in contract.name else 5]
+        turns = 1 + int(num_keys.sum()) // 32
+        if q.shape[0] * pool.shape[0] * turns <= MOST_PROGRAMS * (1 if "decode" in contract.name else 8):
+            yield case
+
+
+def passes(contract: Contract, seed: int, what: str = "") -> bool:
+    kernel = next(kernel for kernel in kernels(contract.name) if kernel.provider == "triton")
+    report = check_kernel(contract, kernel, seed=seed)
+    worst = f"worst {report.worst_share:.2f} in {report.worst_case}"
+    print(f"{contract.name}{what}, seed {seed}: {report.num_cases} cases, {worst}")
+    print(*report.failures[:5], *report.refused[:5], sep="\n")
+    return report.passed and not report.refused
+
+
+def main(op: str, seed: int) -> int:
+    torch.set_num_threads(1)
+    as_processors_do()
+    contract = contracts()[op]
+    contract = replace(contract, cases=lambda: small_cases(contract))
+    good = passes(contract, seed)
+    if op == "attention_decode":
+        tiles.ENOUGH_PROGRAMS = 1
+        good &= passes(contract, seed, " in one part")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

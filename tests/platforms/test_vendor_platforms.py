@@ -1,0 +1,134 @@
+"""ROCm and MUSA without their hardware: their records from made-up devices, their kernels over made-up libraries.
+
+This proves the plumbing (which function is called with what) and nothing about the hardware.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import random
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import KernelError
+from lockstep.ops.check import check_kernel
+from lockstep.ops.contract import Kernel
+from lockstep.ops.registry import contracts, kernels
+from lockstep.ops.selection import KernelSelector
+from lockstep.platforms.registry import load_platform
+
+VENDORS = {"aiter": "rocm", "musa": "musa"}
+
+
+def vendor_kernels(provider: str) -> list[Kernel]:
+    found = [kernel for op in contracts() for kernel in kernels(op) if kernel.provider == provider]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("provider", "platform"), VENDORS.items())
+def test_vendor_kernels_claim_no_hardware_and_run_on_one_platform(provider: str, platform: str) -> None:
+    for kernel in vendor_kernels(provider):
+        assert kernel.platforms == {platform}
+        assert kernel.verified_on == ()
+
+
+@pytest.mark.parametrize(
+    ("platform", "provider", "missing"),
+    [
+        ("rocm", "aiter", "the package aiter is not installed"),
+        ("musa", "musa", "the package torch_musa brings it"),
+    ],
+)
+def test_a_kernel_asked_for_by_name_says_what_is_missing(platform: str, provider: str, missing: str) -> None:
+    stated = Capabilities(platform=platform, device_type="cuda", device_name="none")
+    preference = load_platform(platform).kernel_preference
+    selector = KernelSelector(stated, preference, forced={"silu_and_mul": provider})
+    signature = {"dtype": torch.bfloat16, "width": 96}
+    with pytest.raises(KernelError, match=f"silu_and_mul={provider} cannot serve mlp: .*{missing}"):
+        selector.bind("silu_and_mul", "mlp", signature)
+    free = KernelSelector(stated, preference).bind("silu_and_mul", "mlp", signature)
+    assert free.kernel.provider in ("triton", "torch") and free.refused[0][0] == provider
+
+
+def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.double()
+    return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()).to(x.dtype)
+
+
+def made_up_aiter() -> ModuleType:
+    """aiter's three functions, with its order of arguments, in float64."""
+
+    def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+        gate, up = x.double().chunk(2, -1)
+        out.copy_(gate / (1 + (-gate).exp()) * up)
+
+    def rmsnorm2d_fwd_with_add(
+        out: torch.Tensor,
+        x: torch.Tensor,
+        residual_in: torch.Tensor,
+        residual_out: torch.Tensor,
+        weight: torch.Tensor,
+        epsilon: float,
+    ) -> None:
+        residual_out.copy_(x + residual_in)
+        out.copy_(rms(residual_out, weight, epsilon))
+
+    module = ModuleType("aiter")
+    module.__spec__ = importlib.machinery.ModuleSpec("aiter", None)
+    vars(module).update(silu_and_mul=silu_and_mul, rms_norm=rms, rmsnorm2d_fwd_with_add=rmsnorm2d_fwd_with_add)
+    return module
+
+
+class SwishGLU(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.double().chunk(2, -1)
+        return (gate / (1 + (-gate).exp()) * up).to(x.dtype)
+
+
+@pytest.mark.parametrize("provider", VENDORS)
+def test_vendor_kernels_call_their_library_as_it_wants(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiter", made_up_aiter())
+    monkeypatch.setattr(torch.nn, "SwishGLU", SwishGLU, raising=False)
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    for kernel in vendor_kernels(provider):
+        report = check_kernel(contracts()[kernel.op], kernel, seed=seed)
+        assert report.passed, report.failures
+
+
+def test_rocm_states_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="Instinct", gcnArchName="gfx942:sramecc+:xnack-", total_memory=192 << 30)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    platform = load_platform("rocm")
+    assert platform.unavailable_reason() is None
+    stated = platform.capabilities()
+    assert stated.has("gfx942") and (stated.num_devices, stated.memory_bytes) == (8, 192 << 30)
+    # Nobody has seen these work there.
+    assert not stated.has_graphs and not stated.has("fp8") and not stated.has("fast_bf16_attention")
+
+
+def test_musa_states_what_the_extension_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = ModuleType("torch_musa")
+    extension.__spec__ = importlib.machinery.ModuleSpec("torch_musa", None)
+    card = SimpleNamespace(name="MTT", total_memory=80 << 30)
+    musa = SimpleNamespace(
+        is_available=lambda: True,
+        get_device_properties=lambda index: card,
+        device_count=lambda: 2,
+        mem_get_info=lambda index: (1, 2),
+    )
+    monkeypatch.setitem(sys.modules, "torch_musa", extension)
+    monkeypatch.setattr(torch, "musa", musa, raising=False)
+    platform = load_platform("musa")
+    assert platform.unavailable_reason() is None
+    stated = platform.capabilities()
+    assert (stated.device_name, stated.num_devices, stated.collective_backend) == ("MTT", 2, "mccl")
+    assert not stated.has_graphs and platform.memory().available_bytes == 1
