@@ -23,7 +23,7 @@ from lockstep.features.grammar import GrammarCompiler
 from lockstep.features.structured import StructuredOutput
 from lockstep.formats import ModelFiles
 from lockstep.kv.pool.pool import KVPool
-from lockstep.layers.build import Build
+from lockstep.layers.build import Build, Slice, Weights
 from lockstep.models.loading.sources import StoredWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_class
@@ -73,12 +73,13 @@ def build_rank(
         return BuiltRank(core, _num_pages_configured(config), (), ())
     device = platform.device(mesh.rank("tp"))
     stored = StoredWeights(FileWeights(files))
+    governor = ThreadGovernor(config.device.threads, platform.set_num_threads)
     build = Build(
         mesh=mesh,
         device=device,
         dtype=getattr(torch, config.model.dtype),
         kv_dtype=getattr(torch, config.cache.kv_cache_dtype),
-        weights=stored,
+        weights=_GovernedWeights(stored, governor),
         kernels=kernel_selector(config, platform),
         context_length=config.model.context_length,
         page_size=config.cache.page_size,
@@ -107,7 +108,7 @@ def build_rank(
             device=device,
             hooks=hooks,
             probe=probe,
-            governor=ThreadGovernor(config.device.threads, platform.set_num_threads),
+            governor=governor,
         )
         return runner, pool
 
@@ -151,6 +152,18 @@ def bind_attention(
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
     )
+
+
+class _GovernedWeights:
+    """Weights that are read and expanded on as many threads as the cores allow right now."""
+
+    def __init__(self, source: Weights, governor: ThreadGovernor) -> None:
+        self._source = source
+        self._governor = governor
+
+    def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: Slice | None) -> torch.Tensor:
+        with self._governor.step():
+            return self._source.load(name, shape, dtype, part)
 
 
 def first_step(executor: Executor, *, num_tokens: int) -> None:
