@@ -1,4 +1,4 @@
-"""Compiles the Triton programs of attention for a GPU that need not be here: `python compiled.py TARGET CACHE`.
+"""Compiles the Triton programs of attention for a GPU that need not be here: `python compiled.py TARGET`.
 
 Launches nothing: every launch is turned into a compilation for the target. Exits 1 when a program needs more shared
 memory than the target has, or lacks its matrix instructions.
@@ -6,12 +6,7 @@ memory than the target has, or lacks its matrix instructions.
 
 from __future__ import annotations
 
-import os
 import sys
-
-TARGET, os.environ["TRITON_CACHE_DIR"] = sys.argv[1:3]
-os.environ.pop("TRITON_INTERPRET", None)
-
 from typing import Any
 
 import torch
@@ -22,11 +17,12 @@ from lockstep.ops.attention_decode import programs as decode
 from lockstep.ops.attention_extend import programs as extend
 from lockstep.ops.attention_extend.cases import Layer, paged_inputs
 
-# Target, bytes of shared memory for one program, an instruction for products of bfloat16.
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16"
+# Target, bytes of shared memory for one program, instructions that decoding and extending multiply bfloat16 with.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, "mma.sync.aligned.m16n8k16.row.col.f32.bf16"),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, "bf16"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma_f32"),
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024, MMA, MMA),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024, MMA, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024, "v_mfma_f32", "v_mfma_f32"),
 }
 LAYERS = (
     Layer(32, 8, 128, 16),
@@ -70,21 +66,21 @@ class Compiling:
         return compiled
 
 
-def main() -> None:
-    target, shared_bytes, instruction = TARGETS[TARGET]
+def main(name: str) -> None:
+    target, shared_bytes, of_decode, of_extend = TARGETS[name]
     driver.set_active(TargetDriver(target))
-    extend._extend = Compiling(extend._extend, shared_bytes, instruction)
-    decode._decode = Compiling(decode._decode, shared_bytes, instruction)
+    extend._extend = Compiling(extend._extend, shared_bytes, of_extend)
+    decode._decode = Compiling(decode._decode, shared_bytes, of_decode)
     decode._merge = Compiling(decode._merge, shared_bytes, None)
     for layer in LAYERS:
         made = paged_inputs(torch.Generator().manual_seed(0), layer, torch.bfloat16, 2, (33, 4000))
         pools, how = (made.k_KPSH, made.v_KPSH), (layer.scale, layer.window, layer.soft_cap)
         at = (made.num_keys_B, made.sinks_N, made.out_TNH)
         cu_rows = torch.tensor([0, 1, 2], dtype=torch.int32)
-        print(TARGET, layer)
+        print(name, layer)
         decode.decode(made.q_TNH, *pools, made.page_table_BP, *at, *how)
         extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

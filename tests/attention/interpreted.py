@@ -24,7 +24,7 @@ from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Case, Contract
 from lockstep.ops.registry import contracts, kernels
 
-MOST_PROGRAMS = 60
+MOST_PROGRAMS = 40
 """Programs times turns of the loop that are still quick to interpret."""
 
 
@@ -54,6 +54,8 @@ def as_processors_do() -> None:
 def small_cases(contract: Contract) -> Iterator[Case]:
     for case in contracts()[contract.name].cases():
         arguments = case.make(torch.Generator().manual_seed(0))
+        if arguments[0].dtype == torch.float16:
+            continue  # interpreted as float32 is
         q, pool, num_keys = arguments[0], arguments[1], arguments[4 if "decode" in contract.name else 5]
         turns = 1 + int(num_keys.sum()) // 32
         if q.shape[0] * pool.shape[0] * turns <= MOST_PROGRAMS * (1 if "decode" in contract.name else 8):

@@ -71,6 +71,6 @@ def test_forced_kernels_reach_attention() -> None:
 
 
 def test_strict_refuses_a_fallback() -> None:
-    with pytest.raises(KernelError, match="--strict-kernels: attention_decode.torch refuses every layer"):
+    with pytest.raises(KernelError, match=r"--strict-kernels: attention_decode\.torch refuses every layer"):
         choose_backend("auto", HERE, ("torch",), CAPPED, strict=True)
     assert providers("auto", HERE, ("triton", "torch"), PLAIN, strict=True) == ["torch"] * 2

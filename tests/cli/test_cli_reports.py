@@ -1,4 +1,4 @@
-"""`lockstep explain`, `ops`, `serve` and `bench`: what is printed and what is called."""
+"""`lockstep explain`, `serve` and `bench`: what is printed and what is called."""
 
 from __future__ import annotations
 
@@ -102,49 +102,6 @@ def test_explain_memory(opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPat
     assert main(["explain", "memory", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1] == {"name": "KV pool", "bytes": 2**20, "note": "256 pages"}
     assert all(llm.closed for llm in opened)
-
-
-def test_ops_explain_groups_equal_call_sites(
-    opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
-) -> None:
-    def binding(op: str, where: str, kernel: str, *refused: tuple[str, str]) -> SimpleNamespace:
-        return SimpleNamespace(
-            op=op,
-            where=where,
-            kernel=SimpleNamespace(provider=kernel),
-            why="first that accepts",
-            refused=refused,
-        )
-
-    report = [
-        binding("linear", "layers.0.up", "torch", ("onednn", "needs bfloat16")),
-        binding("rope", "layers.0", "torch"),
-        binding("linear", "layers.1.up", "torch", ("onednn", "needs bfloat16")),
-    ]
-    monkeypatch.setattr(ScriptedLLM, "kernel_report", lambda self: report, raising=False)
-    assert main(["ops", "explain"]) == 0
-    out = capsys.readouterr().out
-    assert "layers.0.up and 1 more" in out and "onednn: needs bfloat16" in out
-    assert main(["ops", "explain", "--json"]) == 0
-    groups = json.loads(capsys.readouterr().out)
-    assert [(group["op"], group["where"]) for group in groups] == [
-        ("linear", ["layers.0.up", "layers.1.up"]),
-        ("rope", ["layers.0"]),
-    ]
-    assert groups[0]["refused"] == [{"kernel": "onednn", "reason": "needs bfloat16"}]
-
-
-def test_ops_list_is_the_registry(capsys: Streams) -> None:
-    from lockstep.ops.registry import contracts, kernels
-
-    assert main(["ops", "list", "--json"]) == 0
-    listed = {entry["op"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert set(listed) == set(contracts())
-    for op, entry in listed.items():
-        assert [kernel["name"] for kernel in entry["kernels"]] == [kernel.provider for kernel in kernels(op)]
-    assert main(["ops", "list"]) == 0
-    out = capsys.readouterr().out
-    assert all(op in out for op in listed)
 
 
 class _Client:

@@ -12,8 +12,9 @@ import torch
 
 from lockstep.core.sampling import SamplingParams
 from lockstep.executor.draws import uniform
-from lockstep.executor.sampler import FIRST_CANDIDATES, Sampler
+from lockstep.executor.sampler import Sampler
 from lockstep.executor.sequences import SequenceState
+from lockstep.ops.top_k_top_p_sample.kernels.torch import FIRST_CANDIDATES
 
 EOS = 3
 PROMPT = (5, 6, 7, 7)

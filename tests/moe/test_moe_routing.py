@@ -44,7 +44,9 @@ def test_softmax_routing_is_what_a_list_gives(
 
 @pytest.mark.parametrize("kernel", providers("moe_topk_sigmoid"), ids=lambda kernel: kernel.provider)
 @pytest.mark.parametrize("renormalise", [False, True])
-@pytest.mark.parametrize(("experts", "top_k", "groups", "top_k_groups"), [(64, 8, 8, 4), (32, 4, 4, 1), (16, 6, 1, 1)])
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups", "top_k_groups"), [(64, 8, 8, 4), (32, 4, 4, 1), (16, 6, 1, 1)]
+)
 def test_sigmoid_routing_is_that_of_transformers(
     kernel: Kernel, renormalise: bool, experts: int, top_k: int, groups: int, top_k_groups: int
 ) -> None:
@@ -71,7 +73,9 @@ def test_sigmoid_routing_is_that_of_transformers(
     order = ids.argsort(-1)
     found_order = found_ids.argsort(-1)
     assert torch.equal(found_ids.gather(-1, found_order).long(), ids.gather(-1, order))
-    torch.testing.assert_close(found_weights.gather(-1, found_order), weights.gather(-1, order), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        found_weights.gather(-1, found_order), weights.gather(-1, order), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("kernel", providers("moe_align"), ids=lambda kernel: kernel.provider)

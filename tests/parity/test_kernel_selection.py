@@ -89,7 +89,9 @@ def test_a_forced_kernel_that_refuses_is_an_error() -> None:
 
 def test_a_star_leaves_operators_alone_that_have_no_such_kernel() -> None:
     selector = KernelSelector(HERE, ("torch",), forced={"*": "good"})
-    assert selector.bind("silu_and_mul", "mlp", {"dtype": torch.float32, "width": 64}).kernel.provider == "torch"
+    assert (
+        selector.bind("silu_and_mul", "mlp", {"dtype": torch.float32, "width": 64}).kernel.provider == "torch"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from lockstep.ops.suite import check, select
+from lockstep.ops.check import check_kernel
+from lockstep.ops.suite import select
 from lockstep.platforms.registry import load_platform
 
 SELECTED = {selected.contract.name: selected for selected in select(load_platform("sim").capabilities())}
@@ -17,6 +18,7 @@ SELECTED = {selected.contract.name: selected for selected in select(load_platfor
 def test_operator_on_sim(op: str, sim: torch.device) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    report = check(SELECTED[op], sim, seed)
-    assert [failure for kernel in report.kernels for failure in kernel.failures] == []
-    assert report.kernels and report.passed
+    selected = SELECTED[op]
+    reports = [check_kernel(selected.contract, kernel, seed=seed, device=sim) for kernel in selected.kernels]
+    assert [failure for report in reports for failure in report.failures] == []
+    assert reports and all(report.passed for report in reports)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.machinery
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -113,6 +115,28 @@ def test_rocm_states_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert stated.has("gfx942") and (stated.num_devices, stated.memory_bytes) == (8, 192 << 30)
     # Nobody has seen these work there.
     assert not stated.has_graphs and not stated.has("fp8") and not stated.has("fast_bf16_attention")
+
+
+def test_a_graph_of_cuda_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Recorded:
+        def replay(self) -> None:
+            calls.append("replay")
+
+    @contextmanager
+    def capture(graph: Recorded) -> Iterator[None]:
+        calls.append(f"begin {type(graph).__name__}")
+        yield
+        calls.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graph = load_platform("cuda").new_graph()
+    with graph.capture():
+        calls.append("work")
+    graph.replay()
+    assert calls == ["begin Recorded", "work", "end", "replay"]
 
 
 def test_musa_states_what_the_extension_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.ops.attention_decode.kernels.torch import DecodeGroup, DecodeRow, plan_groups, run_group
-from lockstep.ops.attention_extend.kernels.torch import ExtendItem, plan_item, run_item
+from lockstep.ops.attention_extend.kernels.torch import ExtendItem, GatherRoom, plan_item, run_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,9 @@ class TorchBackend(AttentionBackend):
     """One batched product for decode rows, scaled_dot_product_attention for each longer span."""
 
     name = "torch"
+
+    def __init__(self) -> None:
+        self._room = GatherRoom()
 
     def plan(
         self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
@@ -52,15 +55,15 @@ class TorchBackend(AttentionBackend):
         )
 
     def run(self, plan: TorchPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
-        pools, how = (kv.k_NPSH, kv.v_NPSH), (spec.scale, spec.window)
-        num_parts = len(plan.decode) + len(plan.extend)
-        if num_parts == 1 and plan.decode and plan.decode[0].covers(q_TNH.shape[0]):
-            return run_group(plan.decode[0], q_TNH, *pools, *how)
-        if num_parts == 1 and plan.extend and plan.extend[0].covers(q_TNH.shape[0]):
-            return run_item(plan.extend[0], q_TNH, *pools, *how)
+        k, v, scale, window, room = kv.k_NPSH, kv.v_NPSH, spec.scale, spec.window, self._room
+        num_rows, num_parts = q_TNH.shape[0], len(plan.decode) + len(plan.extend)
+        if num_parts == 1 and plan.decode and plan.decode[0].covers(num_rows):
+            return run_group(plan.decode[0], q_TNH, k, v, scale, window, room)
+        if num_parts == 1 and plan.extend and plan.extend[0].covers(num_rows):
+            return run_item(plan.extend[0], q_TNH, k, v, scale, window, room)
         out_TNH = torch.zeros_like(q_TNH)
         for group in plan.decode:
-            out_TNH[group.rows_B] = run_group(group, q_TNH[group.rows_B], *pools, *how)
+            out_TNH[group.rows_B] = run_group(group, q_TNH[group.rows_B], k, v, scale, window, room)
         for item in plan.extend:
-            out_TNH[item.rows] = run_item(item, q_TNH[item.rows], *pools, *how)
+            out_TNH[item.rows] = run_item(item, q_TNH[item.rows], k, v, scale, window, room)
         return out_TNH

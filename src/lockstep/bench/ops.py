@@ -10,7 +10,7 @@ import torch
 
 from lockstep.bench.fingerprint import fingerprint
 from lockstep.bench.ops_limits import MachineLimits, measure_limits
-from lockstep.bench.ops_measure import Measurement, Measurements, measure, providers_of, workload_of
+from lockstep.bench.ops_measure import Measurements, measure, providers_of, workload_of
 from lockstep.bench.ops_plot import draw, require_plotting
 from lockstep.bench.report import Report, shown
 from lockstep.ops.suite import device_with_values
@@ -107,17 +107,15 @@ def _table(axis: str, found: Measurements, limits: MachineLimits) -> tuple[list[
 
 
 def _notes(found: Measurements, limits: MachineLimits) -> list[str]:
-    methods = dict.fromkeys(_how(each) for each in found.done)
+    methods = dict.fromkeys(each.timing.method for each in found.done)
+    is_cached = any(each.share_of(limits) > 1 for each in found.done)
     return [
         *limits.lines(),
-        *(f"timed: {method}" for method in methods),
+        *(["above 100%: small enough to stay in a cache, which the limit does not count"] if is_cached else []),
+        *(f"timed: calls on arguments of their own, {method}; median of the repeats" for method in methods),
         *(f"not run: {who}: {reason}" for who, reason in found.not_run.items()),
         *(f"WRONG, not timed: {who}: {reason}" for who, reason in found.wrong.items()),
     ]
-
-
-def _how(measurement: Measurement) -> str:
-    return f"{measurement.timing.method}; each call on arguments of its own; median of the repeats"
 
 
 def _results(op: str, axis: str, found: Measurements, limits: MachineLimits) -> dict[str, Any]:

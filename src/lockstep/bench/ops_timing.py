@@ -59,17 +59,19 @@ def time_calls(platform: Platform, new_call: Callable[[], Call], num_bytes: int)
 
 
 def _submission(platform: Platform, calls: list[Call]) -> tuple[Call, str]:
-    """What submits all calls, and in words how. Their results live side by side: none overwrites another in a cache."""
+    """What submits all calls, and in words how."""
     if platform.capabilities().has_graphs:
         graph = platform.new_graph()
         try:
             with graph.capture():
-                kept = [call() for call in calls]
+                # All alive at once, so that no result is written where another still lies in a cache.
+                results = [call() for call in calls]
+            del results
         except RuntimeError:
             # A call that waits for the device, or that makes a stream of its own, is none for a graph.
             platform.synchronize()
         else:
-            return lambda kept=kept: graph.replay(), "one graph"
+            return graph.replay, "one graph"
     return lambda: [call() for call in calls], "one after the other"
 
 

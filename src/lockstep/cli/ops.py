@@ -41,6 +41,7 @@ def command() -> None:
 @_json_option
 def list_ops(as_json: bool) -> None:
     """Print every operator, what it computes, and its kernels: what each needs and where it was verified."""
+    from lockstep.ops.page import kernel_cells
     from lockstep.ops.registry import contracts, kernels
 
     found = {name: (contract.summary, kernels(name)) for name, contract in sorted(contracts().items())}
@@ -50,7 +51,7 @@ def list_ops(as_json: bool) -> None:
     rows: list[tuple[str, ...]] = []
     for name, (summary, offered) in found.items():
         for number, kernel in enumerate(offered):
-            rows.append((*((name, summary) if number == 0 else ("", "")), *_kernel_cells(kernel)))
+            rows.append((*((name, summary) if number == 0 else ("", "")), *kernel_cells(kernel)))
     print_table(("operator", "computes", "kernel", "platforms", "needs", "verified on"), rows)
 
 
@@ -230,15 +231,6 @@ def _checked_cells(report: KernelReport) -> tuple[str, str, str, str]:
     refused = f", refuses {len(report.refused)} more cases" if report.refused else ""
     outcome = ("passed" if report.passed else "failed") + refused
     return report.provider, str(report.num_cases), f"{report.worst_share:.2f}", outcome
-
-
-def _kernel_cells(kernel: Kernel) -> tuple[str, str, str, str]:
-    return (
-        kernel.provider,
-        ", ".join(sorted(kernel.platforms)) or "any",
-        ", ".join(sorted(kernel.features)),
-        ", ".join(kernel.verified_on) or "nothing yet",
-    )
 
 
 def _operator(name: str, summary: str, offered: Sequence[Kernel]) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class _GovernedWeights:
 def first_step(executor: Executor, *, num_tokens: int) -> None:
     """One prompt of `num_tokens` zeros through every layer, then gone. Its pages are overwritten by real ones."""
     params = SamplingParams(temperature=0.0)
-    pages = tuple(range(num_tokens))
+    pages = tuple(range(num_tokens + 1))  # enough at any page size, for the prompt and one more token
     start = SequenceStart(-1, params, (0,) * num_tokens, num_tokens, 0, ())
     executor.execute(StepPlan(-2, (start,), (), (TokenSlice(-1, 0, num_tokens, pages, True),)))
     executor.execute(StepPlan(-1, (), (), (TokenSlice(-1, num_tokens, 1, (), True),)))
@@ -187,12 +187,12 @@ def _measure_pages(
     page_size, chunk = config.cache.page_size, config.scheduler.chunked_prefill_size
     trial_tokens = min(chunk, config.model.context_length - 1)
     before = platform.memory(mesh.rank("tp"))
-    runner = runner_with(trial_tokens + 1)
+    runner = runner_with(trial_tokens + 2)
     first_step(runner, num_tokens=trial_tokens)
     platform.synchronize()
     peak_bytes = before.available_bytes - platform.memory(mesh.rank("tp")).available_bytes
     page_bytes = sum(shape.bytes_per_token(build.kv_dtype) for shape in build.kv_layers) * page_size
-    workspace_bytes = max(0, peak_bytes - page_bytes * (trial_tokens + 1))
+    workspace_bytes = max(0, peak_bytes - page_bytes * (trial_tokens + 2))
     del runner
     num_pages = pages_that_fit(
         free_bytes=before.available_bytes,

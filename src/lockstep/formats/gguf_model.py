@@ -24,6 +24,7 @@ _MODEL_CLASSES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 
@@ -40,6 +41,10 @@ _BLOCK_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
 }
 _GEMMA_BLOCK_NAMES = _BLOCK_NAMES | {
     "post_attention_norm": "post_attention_layernorm",
@@ -74,8 +79,8 @@ def open_gguf(path: Path) -> ModelFiles:
         raise ModelFileError(
             f"{path}: architecture {reprlib.repr(architecture)} is not supported, only {known}{hint}"
         )
-    if metadata.number(f"{architecture}.expert_count", 0):
-        raise ModelFileError(f"{path}: mixture-of-experts models are not supported, use a dense one")
+    if metadata.number(f"{architecture}.expert_count", 0) and architecture != "qwen3moe":
+        raise ModelFileError(f"{path}: experts in {architecture!r} are not supported, only in 'qwen3moe'")
     config = _config(architecture, metadata, header)
     infos = [
         _tensor_info(path, tensor, architecture, config["head_dim"])
@@ -175,7 +180,19 @@ def _config(architecture: str, metadata: _Metadata, header: GgufHeader) -> dict[
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "hidden_act": "silu",
     }
-    return config | _gemma3_config(metadata, config) if architecture == "gemma3" else config
+    if architecture == "gemma3":
+        return config | _gemma3_config(metadata, config)
+    return config | _qwen3moe_config(metadata) if architecture == "qwen3moe" else config
+
+
+def _qwen3moe_config(metadata: _Metadata) -> dict[str, Any]:
+    """What mixtures of experts add. llama.cpp's qwen3moe graph routes every layer and renormalises the weights."""
+    return {
+        "num_experts": metadata.count("qwen3moe.expert_count"),
+        "num_experts_per_tok": metadata.count("qwen3moe.expert_used_count"),
+        "moe_intermediate_size": metadata.count("qwen3moe.expert_feed_forward_length"),
+        "norm_topk_prob": True,
+    }
 
 
 def _gemma3_config(metadata: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class MoE:
         ).kernel
         weights = _load_experts(build, inner, hidden_size, num_experts, self._experts)
         # On the meta device there are no bytes to prepare and no routing to read, only shapes to check.
-        is_meta = build.device.type == "meta"
+        is_meta = weights[0].is_meta
         self._weights: Sequence[Any] = weights
         if kernel.prepare is not None and not is_meta:
             self._weights = [kernel.prepare(weight) for weight in weights]

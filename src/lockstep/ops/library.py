@@ -39,7 +39,7 @@ def traceable(kernel: Kernel, device: torch.device) -> Function:
 
     Takes the contract's arguments by position and gives its results. `device` is one that the kernel serves: a kernel
     that may leave results in its arguments is tried there once. Raises KernelError when the contract has an argument
-    that torch's schemas cannot express, or a reference that needs values to know shapes.
+    that torch's schemas cannot express.
     """
     name = f"{kernel.op}_{re.sub(r'[^0-9a-zA-Z_]', '_', kernel.provider)}"
     if name not in _registered:

@@ -39,7 +39,8 @@ def as_rows(values: torch.Tensor) -> Rows:
     """The vectors along the last dim, whatever the dims before it."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(values.shape[:-1], values.stride()[:-1], strict=True):
-        if merged and merged[-1][1] == size * stride:
+        # Strides of an empty tensor lead nowhere: any two of its dims are as good as one.
+        if merged and (merged[-1][1] == size * stride or values.numel() == 0):
             merged[-1] = (merged[-1][0] * size, stride)
         elif size != 1:
             merged.append((size, stride))

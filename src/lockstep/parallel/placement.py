@@ -58,6 +58,9 @@ class _Placed:
     __copy__ = __deepcopy__ = __reduce_ex__ = _refuse_operator
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name in ("_tensor", "axis", "origin", "dim"):
+            # Asked before __init__ has set them, which torch.compile does: there is nothing to describe yet.
+            raise AttributeError(name)
         self._refuse(f".{name}")
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from lockstep.ops.rows import as_rows, whole_row_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_rms_norm(
     update_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -33,15 +33,15 @@ def _add_rms_norm(
     BLOCK: tl.constexpr,
 ) -> None:
     """ROWS whole rows: both inputs read once, the sum held in registers, both results written once."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     far_column = column.to(tl.int64)
     in_row = column < width
     mask = (row < num_rows)[:, None] & in_row[None, :]
-    update_start = row // update_inner * update_outer_stride + row % update_inner * update_inner_stride
-    residual_start = (
-        row // residual_inner * residual_outer_stride + row % residual_inner * residual_inner_stride
-    )
+    update_start = (row // update_inner).to(tl.int64) * update_outer_stride
+    update_start += (row % update_inner).to(tl.int64) * update_inner_stride
+    residual_start = (row // residual_inner).to(tl.int64) * residual_outer_stride
+    residual_start += (row % residual_inner).to(tl.int64) * residual_inner_stride
     update_ptrs = update_ptr + update_start[:, None] + (far_column * update_column_stride)[None, :]
     residual_ptrs = residual_ptr + residual_start[:, None] + (far_column * residual_column_stride)[None, :]
     update = tl.load(update_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -53,7 +53,11 @@ def _add_rms_norm(
     total = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, axis=1) / width + eps)
     out = total * scale[:, None] * weight[None, :]
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row.to(tl.int64)[:, None] * width + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def add_and_normalise(

@@ -13,7 +13,7 @@ from lockstep.ops.attention_extend.cases import LAYERS, Layer, in_turn, paged_in
 from lockstep.ops.attention_extend.contract import CONTRACT as EXTEND
 from lockstep.ops.attention_extend.mutants import MUTANTS
 from lockstep.ops.cases import DTYPES
-from lockstep.ops.contract import Argument, Case, Contract
+from lockstep.ops.contract import Argument, Case, Contract, Workload
 
 # Keys of each sequence; one without keys is padding.
 _BATCHES = ((37,), (16, 17, 1), (65, 0, 64), (130, 5), (0, 200, 33, 7))
@@ -69,6 +69,16 @@ def _arguments() -> Iterator[Argument]:
             yield argument
 
 
+def _timed(sequences: int) -> Case:
+    return _case(torch.bfloat16, Layer(32, 8, 128, 16), (2048,) * sequences)
+
+
+def _moved(q: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor, *rest: Any) -> int:
+    """Queries, results, and the keys and values of every sequence; pages that nobody owns stay unread."""
+    num_slots = k_pool.shape[1] * k_pool.shape[2]
+    return 2 * q.nbytes + (k_pool.nbytes + v_pool.nbytes) * int(rest[1].sum()) // num_slots
+
+
 CONTRACT = Contract(
     name="attention_decode",
     summary="attention of each sequence's last token over the keys and values in its pages",
@@ -80,4 +90,10 @@ CONTRACT = Contract(
     cases=_cases,
     tolerance=EXTEND.tolerance,
     mutants={name: _of_decode(mutant) for name, mutant in MUTANTS.items()},
+    workload=Workload(
+        "sequences of 2048 keys, 32 heads over 8 of 128, bfloat16",
+        (1, 4, 16, 64, 256),
+        _timed,
+        num_bytes=_moved,
+    ),
 )

@@ -11,7 +11,7 @@ from lockstep.ops.attention_extend.cases import LAYERS, Layer, in_turn, paged_in
 from lockstep.ops.attention_extend.mutants import MUTANTS
 from lockstep.ops.attention_extend.reference import attention_extend
 from lockstep.ops.cases import DTYPES
-from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, rounded
+from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
 
 _Batch = tuple[tuple[int, int], ...]
 """(new tokens, keys) of each sequence."""
@@ -63,6 +63,16 @@ def _case(
     return Case(f"{dtype} {layer} {batch}{notes}", layer.signature(dtype), make)
 
 
+def _timed(tokens: int) -> Case:
+    return _case(torch.bfloat16, Layer(32, 8, 128, 16), ((tokens, tokens),))
+
+
+def _flops(q: torch.Tensor, *rest: Any) -> int:
+    """Two products over the keys that each row of one whole prompt sees."""
+    tokens, heads, head_dim = q.shape
+    return 4 * heads * head_dim * (tokens * (tokens + 1) // 2)
+
+
 CONTRACT = Contract(
     name="attention_extend",
     summary="causal attention of new tokens over the keys and values in their sequence's pages",
@@ -100,4 +110,10 @@ CONTRACT = Contract(
     # each output then moves by a rounding of sum(weight * |value|), below 4.
     tolerance=rounded(1, maths=4, absolute=2 * 34 * 4 * FLOAT32_UNIT, inside=4.0),
     mutants=MUTANTS,
+    workload=Workload(
+        "tokens of one prompt, 32 heads over 8 of 128, bfloat16",
+        (128, 512, 2048, 4096),
+        _timed,
+        num_flops=_flops,
+    ),
 )

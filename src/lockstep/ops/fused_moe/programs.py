@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from lockstep.ops.grouped_gemm.programs import grouped_product
-from lockstep.ops.grouped_gemm.tiles import Problem, tile_of
+from lockstep.ops.grouped_gemm.tiles import Problem, facts_of, tile_of
 from lockstep.ops.moe_align.programs import align
 
 
@@ -51,9 +51,9 @@ def mix_experts(
     out_TD = hidden_TD.new_empty(num_tokens, width)
     if num_tokens == 0:
         return out_TD
-    device_name, itemsize = _name_of(hidden_TD.device), hidden_TD.itemsize
-    up_tile = tile_of(Problem(num_pairs, num_experts, width, double_inner, itemsize), device_name)
-    down_tile = tile_of(Problem(num_pairs, num_experts, double_inner // 2, width, itemsize), device_name)
+    device, itemsize = facts_of(hidden_TD.device), hidden_TD.itemsize
+    up_tile = tile_of(Problem(num_pairs, num_experts, width, double_inner, itemsize), device)
+    down_tile = tile_of(Problem(num_pairs, num_experts, double_inner // 2, width, itemsize), device)
     aligned = align(ids_TK, num_experts, up_tile.rows)
     inner_PF = hidden_TD.new_empty(num_pairs, double_inner // 2)
     grouped_product(hidden_TD, gate_up_E2FD, inner_PF, aligned, None, top_k, up_tile, gated=True)
@@ -66,8 +66,3 @@ def mix_experts(
         terms_PD, ids_TK, out_TD, width, *ids_TK.stride(), TOP_K=top_k, BLOCK=block
     )
     return out_TD
-
-
-def _name_of(device: torch.device) -> str:
-    """What the device's tuned tiles are kept under."""
-    return "" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

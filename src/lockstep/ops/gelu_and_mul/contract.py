@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -18,8 +19,14 @@ def _cases() -> Iterator[Case]:
             yield Case(
                 f"{name}{' tanh' if tanh else ''}",
                 {"dtype": dtype, "width": width, "tanh": tanh},
-                lambda g, make=make, tanh=tanh: (make(g), tanh),
+                partial(_arguments, make, tanh),
             )
+
+
+def _arguments(
+    make: Callable[[torch.Generator], torch.Tensor], tanh: bool, g: torch.Generator
+) -> tuple[torch.Tensor, bool]:
+    return make(g), tanh
 
 
 def _halves_swapped(x: torch.Tensor, tanh: bool) -> torch.Tensor:

@@ -36,7 +36,7 @@ def _grouped_product(
     TILE_OUTPUTS: tl.constexpr,
     TILE_INPUTS: tl.constexpr,
 ) -> None:
-    """A tile of the result. GATED: outputs n and n + `outputs` of the weight make output n, silu of one times the other.
+    """A tile of the result. GATED: outputs n and n + `outputs` of the weight make output n, silu(one) * other.
 
     EVEN says that `inputs` is a multiple of TILE_INPUTS.
     """

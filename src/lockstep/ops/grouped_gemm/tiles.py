@@ -11,6 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+_LEAST_SHARED_BYTES = 48 * 1024
+"""What every device offers."""
+
 _TUNED = Path(__file__).parent / "tuned"
 
 
@@ -22,6 +27,13 @@ class Tile(NamedTuple):
     inputs: int
     num_warps: int
     num_stages: int
+
+
+class DeviceFacts(NamedTuple):
+    """A device's name, and the memory that one program of it may share."""
+
+    name: str
+    shared_bytes: int
 
 
 class Problem(NamedTuple):
@@ -40,28 +52,43 @@ def rows_of(num_pairs: int, num_experts: int) -> int:
     return min(128, max(16, 1 << (share - 1).bit_length()))
 
 
-def default_tile(rows: int, itemsize: int) -> Tile:
-    """The tile for blocks of so many rows, where nothing was measured.
+def default_tile(rows: int, itemsize: int, shared_bytes: int) -> Tile:
+    """The tile for blocks of so many rows, where nothing was measured, on a device with so much memory on chip.
 
     Few rows are bound by reading weights: long inputs keep a line of memory together, narrow outputs make programs
     enough to ask for everything at once. Many rows are bound by the products: wide tiles use each value more often.
     float32 products run on no matrix unit, so their tiles are what registers hold.
     """
     if itemsize > 2:
-        return Tile(rows, 32, 32, num_warps=4, num_stages=2)
-    if rows <= 32:
-        return Tile(rows, 32, 128, num_warps=4, num_stages=4)
-    if rows <= 64:
-        return Tile(rows, 64, 64, num_warps=4, num_stages=4)
-    return Tile(rows, 128, 64, num_warps=8, num_stages=3)
+        tile = Tile(rows, 32, 32, num_warps=4, num_stages=2)
+    elif rows <= 32:
+        tile = Tile(rows, 32, 128, num_warps=4, num_stages=4)
+    elif rows <= 64:
+        tile = Tile(rows, 64, 64, num_warps=4, num_stages=4)
+    else:
+        tile = Tile(rows, 128, 64, num_warps=8, num_stages=3)
+    # A gated product reads two weights at each step.
+    step_bytes = (tile.rows + 2 * tile.outputs) * tile.inputs * itemsize
+    return tile._replace(num_stages=max(1, min(tile.num_stages, shared_bytes // step_bytes)))
 
 
-def tile_of(problem: Problem, device_name: str) -> Tile:
+def tile_of(problem: Problem, device: DeviceFacts) -> Tile:
     """The measured tile of the device for this problem, or the default one."""
-    for measured in tuned_tiles(device_name):
+    for measured in tuned_tiles(device.name):
         if measured.covers(problem):
             return measured.tile
-    return default_tile(rows_of(problem.num_pairs, problem.num_experts), problem.itemsize)
+    rows = rows_of(problem.num_pairs, problem.num_experts)
+    return default_tile(rows, problem.itemsize, device.shared_bytes)
+
+
+@cache
+def facts_of(device: torch.device) -> DeviceFacts:
+    """What a tile depends on. A device that tells nothing, as a processor that interprets, has no name."""
+    told = getattr(torch.get_device_module(device), "get_device_properties", None)
+    facts = told(device) if told is not None else None
+    names = ("shared_memory_per_block_optin", "shared_memory_per_block")
+    shared_bytes = max(getattr(facts, name, 0) for name in names)
+    return DeviceFacts(getattr(facts, "name", ""), shared_bytes or _LEAST_SHARED_BYTES)
 
 
 class Measured(NamedTuple):

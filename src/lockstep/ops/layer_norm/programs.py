@@ -12,7 +12,7 @@ import triton.language as tl
 from lockstep.ops.rows import as_rows, whole_row_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _layer_norm(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -31,11 +31,11 @@ def _layer_norm(
     BLOCK: tl.constexpr,
 ) -> None:
     """ROWS whole rows: read once, held in registers for the mean and then the variance, written once."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     in_row = column < width
     mask = (row < num_rows)[:, None] & in_row[None, :]
-    start = row // inner * outer_stride + row % inner * inner_stride
+    start = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
     x_ptrs = x_ptr + start[:, None] + (column.to(tl.int64) * column_stride)[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, axis=1) / width
@@ -46,7 +46,11 @@ def _layer_norm(
         out *= tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         out += tl.load(bias_ptr + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row.to(tl.int64)[:, None] * width + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def normalise(

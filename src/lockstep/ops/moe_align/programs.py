@@ -87,10 +87,10 @@ def _place(
         for first in range(start // BLOCK, end // BLOCK, CHUNK):
             tl.store(block_experts_ptr + first + chunk, expert, mask=first + chunk < end // BLOCK)
     else:
-        row = (expert - NUM_EXPERTS) * CHUNK + chunk
-        tl.store(pairs_ptr + row, num_pairs, mask=(row >= total) & (row < most_rows))
-        is_start = (row % BLOCK == 0) & (row >= total) & (row < most_rows)
-        tl.store(block_experts_ptr + row // BLOCK, -1, mask=is_start)
+        unused = (expert - NUM_EXPERTS) * CHUNK + chunk
+        mask = (unused >= total) & (unused < most_rows)
+        tl.store(pairs_ptr + unused, num_pairs, mask=mask)
+        tl.store(block_experts_ptr + unused // BLOCK, -1, mask=mask & (unused % BLOCK == 0))
         if expert == NUM_EXPERTS:
             tl.store(num_rows_ptr, total)
 

@@ -34,7 +34,7 @@ def _two_best(a: tl.tensor, a_next: tl.tensor, b: tl.tensor, b_next: tl.tensor) 
 @triton.jit
 def _ranks(sums: tl.tuple, GROUPS: tl.constexpr) -> tl.tuple:
     """How many groups come before each one; of equal sums the lowest group comes first."""
-    ranks = ()
+    ranks: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         rank = tl.zeros(sums[group].shape, tl.int32)
         for other in tl.static_range(GROUPS):
@@ -91,22 +91,24 @@ def _route(
     lane = tl.arange(0, LANES)[None, :]
     within = tl.arange(0, 4)
 
-    maxima = ()
-    sums = ()
+    maxima: tl.tuple = ()
+    sums: tl.tuple = ()
     for group in tl.static_range(GROUPS):
         best = tl.full((ROWS, LANES), float("-inf"), tl.float32)
         second = best
         for i in tl.static_range(FOURS):
             place = (i * LANES + lane)[:, :, None] * 4 + within
             choice = _choice(row_ptr, bias_ptr, is_token, group * GROUP + place, place < GROUP, expert_stride)
-            four_best, four_second = tl.reduce((choice, tl.full(choice.shape, float("-inf"), tl.float32)), 2, _two_best)
+            four_best, four_second = tl.reduce(
+                (choice, tl.full(choice.shape, float("-inf"), tl.float32)), 2, _two_best
+            )
             maxima = maxima + (four_best,)
             best, second = _two_best(best, second, four_best, four_second)
         best, second = tl.reduce((best, second), 1, _two_best)
         sums = sums + (best + second if GROUP > 1 else best,)
 
     ranks = _ranks(sums, GROUPS)
-    keys = ()
+    four_keys: tl.tuple = ()
     for slot in tl.static_range(TOP_GROUPS):
         # The group of this rank: its number, and then its fours.
         group = tl.zeros((ROWS,), tl.int32)
@@ -119,12 +121,12 @@ def _route(
             # A four is known by its first expert.
             place = (i * LANES + lane) * 4
             key = key_of(best, group[:, None] * GROUP + place, False)
-            keys = keys + (tl.where(place < GROUP, key, no_key(ROWS, LANES, False)),)
+            four_keys = four_keys + (tl.where(place < GROUP, key, no_key(ROWS, LANES, False)),)
     for _ in tl.static_range(-TOP_GROUPS * FOURS % 8):
-        keys = keys + (no_key(ROWS, LANES, False),)
-    fours = dealt(merged_lanes(best_eight(keys, (TOP_GROUPS * FOURS + 7) // 8 * 8)), lane, LANES)
+        four_keys = four_keys + (no_key(ROWS, LANES, False),)
+    fours = dealt(merged_lanes(best_eight(four_keys, (TOP_GROUPS * FOURS + 7) // 8 * 8)), lane, LANES)
 
-    keys = ()
+    keys: tl.tuple = ()
     for i in tl.static_range(8 // LANES):
         first = tl.minimum(id_of(fours[i]), EXPERTS)[:, :, None]
         expert = first + within
@@ -136,8 +138,8 @@ def _route(
         keys = keys + (no_key(ROWS, LANES, False),)
     chosen = dealt(merged_lanes(best_eight(keys, max(8, 32 // LANES))), lane, LANES)
 
-    weights = ()
-    ids = ()
+    weights: tl.tuple = ()
+    ids: tl.tuple = ()
     total = tl.zeros((ROWS, LANES), tl.float32)
     for i in tl.static_range(8 // LANES):
         # Logits that are no numbers may let padding win; an id must name an expert all the same.

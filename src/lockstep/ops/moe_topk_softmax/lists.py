@@ -53,39 +53,47 @@ def no_key(ROWS: tl.constexpr, LANES: tl.constexpr, NARROW: tl.constexpr) -> tl.
 
 
 @triton.jit
-def _exchanged(keys: tl.tuple, MASK: tl.constexpr) -> tl.tuple:
-    """Compares the keys whose numbers differ in the bits of MASK; the larger goes to the lower number."""
-    out = ()
+def _after_meeting(keys: tl.tuple, I: tl.constexpr, PARTNER: tl.constexpr) -> tl.tensor:
+    """Key I after it met its partner: the larger of both goes to the lower number. Its own partner stays."""
+    if PARTNER > I:
+        return tl.maximum(keys[I], keys[PARTNER])
+    elif PARTNER < I:
+        return tl.minimum(keys[I], keys[PARTNER])
+    else:
+        return keys[I]
+
+
+@triton.jit
+def _exchanged(keys: tl.tuple, PARTNERS: tl.constexpr) -> tl.tuple:
+    """Every key after it met its partner. The digits of PARTNERS are the partners of keys 0 to 7."""
+    out: tl.tuple = ()
     for i in tl.static_range(8):
-        if i < i ^ MASK:
-            out = out + (tl.maximum(keys[i], keys[i ^ MASK]),)
-        else:
-            out = out + (tl.minimum(keys[i], keys[i ^ MASK]),)
+        out = out + (_after_meeting(keys, i, (PARTNERS >> 4 * (7 - i)) & 7),)
     return out
 
 
 @triton.jit
 def sorted_list(keys: tl.tuple) -> tl.tuple:
-    """Eight tensors of keys in descending order: pairs, then fours, then all, each time the second half reversed."""
-    keys = _exchanged(keys, 1)
-    keys = _exchanged(_exchanged(keys, 3), 1)
-    return _exchanged(_exchanged(_exchanged(keys, 7), 2), 1)
+    """Eight tensors of keys in descending order: pairs, then fours, then all, by Batcher's odd-even merges."""
+    keys = _exchanged(keys, 0x10325476)
+    keys = _exchanged(_exchanged(keys, 0x23016745), 0x02134657)
+    return _exchanged(_exchanged(_exchanged(keys, 0x45670123), 0x01452367), 0x02143657)
 
 
 @triton.jit
 def merged_lists(a: tl.tuple, b: tl.tuple) -> tl.tuple:
-    """The eight largest of two lists. The larger of each pair, one list reversed, rise and then fall."""
-    keys = ()
+    """The eight largest of two lists. The larger of each pair, one list reversed, fall and rise at most once each."""
+    keys: tl.tuple = ()
     for i in tl.static_range(8):
         keys = keys + (tl.maximum(a[i], b[7 - i]),)
-    return _exchanged(_exchanged(_exchanged(keys, 4), 2), 1)
+    return _exchanged(_exchanged(_exchanged(keys, 0x45670123), 0x23016745), 0x10325476)
 
 
 @triton.jit
 def best_eight(keys: tl.tuple, COUNT: tl.constexpr) -> tl.tuple:
     """The list of COUNT tensors of keys, a multiple of eight."""
     for first in tl.static_range(0, COUNT, 8):
-        eight = ()
+        eight: tl.tuple = ()
         for i in tl.static_range(8):
             eight = eight + (keys[first + i],)
         if first == 0:
@@ -128,7 +136,7 @@ def merged_lanes(keys: tl.tuple) -> tl.tuple:
 def dealt(list: tl.tuple, lane: tl.tensor, LANES: tl.constexpr) -> tl.tuple:
     """A list [ROWS] dealt out to the lanes: 8 / LANES tensors [ROWS, LANES], consecutive ones to each lane."""
     EACH: tl.constexpr = 8 // LANES
-    out = ()
+    out: tl.tuple = ()
     for i in tl.static_range(EACH):
         mine = list[i][:, None]
         for other in tl.static_range(1, LANES):

@@ -57,17 +57,17 @@ def _route(
     row_ptr = logits_ptr + token * token_stride
     lane = tl.arange(0, LANES)[None, :]
 
-    keys = ()
+    four_keys: tl.tuple = ()
     for i in tl.static_range(FOURS):
         if i * LANES * 4 < EXPERTS:
             four = i * LANES + lane
             logits = _four_logits(row_ptr, is_token, four, expert_stride, EXPERTS)
-            keys = keys + (key_of(tl.max(logits, 2), four, NARROW),)
+            four_keys = four_keys + (key_of(tl.max(logits, 2), four, NARROW),)
         else:
-            keys = keys + (no_key(ROWS, LANES, NARROW),)
-    fours = dealt(merged_lanes(best_eight(keys, FOURS)), lane, LANES)
+            four_keys = four_keys + (no_key(ROWS, LANES, NARROW),)
+    fours = dealt(merged_lanes(best_eight(four_keys, FOURS)), lane, LANES)
 
-    keys = ()
+    keys: tl.tuple = ()
     for i in tl.static_range(8 // LANES):
         # Where a lane had no four to offer, the first one past the experts: all of it is masked.
         four = tl.minimum(id_of(fours[i]), (EXPERTS + 3) // 4)
@@ -80,8 +80,8 @@ def _route(
 
     largest = value_of(best[0], NARROW)
     chosen = dealt(best, lane, LANES)
-    weights = ()
-    ids = ()
+    weights: tl.tuple = ()
+    ids: tl.tuple = ()
     total = tl.zeros((ROWS, LANES), tl.float32)
     for i in tl.static_range(8 // LANES):
         is_chosen = lane * (8 // LANES) + i < TOP_K

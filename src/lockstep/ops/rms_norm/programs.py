@@ -12,7 +12,7 @@ import triton.language as tl
 from lockstep.ops.rows import as_rows, whole_row_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -29,18 +29,22 @@ def _rms_norm(
     BLOCK: tl.constexpr,
 ) -> None:
     """ROWS whole rows: read once, held in registers, written once."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     in_row = column < width
     mask = (row < num_rows)[:, None] & in_row[None, :]
-    start = row // inner * outer_stride + row % inner * inner_stride
+    start = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
     x = tl.load(x_ptr + start[:, None] + (column.to(tl.int64) * column_stride)[None, :], mask=mask, other=0.0)
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     x = x.to(tl.float32)
     squares = tl.where((column < num_measured)[None, :], x * x, 0.0)
     scale = tl.rsqrt(tl.sum(squares, axis=1) / num_measured + eps)
     out = x * scale[:, None] * weight[None, :]
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row.to(tl.int64)[:, None] * width + column[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def normalise(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, num_measured: int) -> torch.Tensor:

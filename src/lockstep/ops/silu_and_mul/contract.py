@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -14,7 +15,11 @@ from lockstep.ops.silu_and_mul.reference import silu_and_mul
 
 def _cases() -> Iterator[Case]:
     for name, dtype, width, make in gated_inputs():
-        yield Case(name, {"dtype": dtype, "width": width}, lambda g, make=make: (make(g),))
+        yield Case(name, {"dtype": dtype, "width": width}, partial(_arguments, make))
+
+
+def _arguments(make: Callable[[torch.Generator], torch.Tensor], g: torch.Generator) -> tuple[torch.Tensor]:
+    return (make(g),)
 
 
 def _halves_swapped(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from lockstep.ops.rows import as_rows, elementwise_tile
 SILU, GELU, GELU_TANH = 0, 1, 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _activate_and_multiply(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -31,10 +31,10 @@ def _activate_and_multiply(
     """ROWS x BLOCK elements of the result. Programs beside each other read beside each other."""
     num_blocks = tl.cdiv(width, BLOCK)
     row_tile = tl.program_id(0) // num_blocks
-    row = (row_tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) - row_tile * num_blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = (row < num_rows)[:, None] & (column < width)[None, :]
-    start = row // inner * outer_stride + row % inner * inner_stride
+    start = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
     far_column = column.to(tl.int64)
     gate_ptrs = x_ptr + start[:, None] + (far_column * column_stride)[None, :]
     up_ptrs = x_ptr + start[:, None] + ((far_column + width) * column_stride)[None, :]
@@ -49,7 +49,7 @@ def _activate_and_multiply(
         twice_u = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
         active = gate / (1.0 + tl.exp(-twice_u))
     out = (active * up).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row[:, None] * width + column[None, :], out, mask=mask)
+    tl.store(out_ptr + row.to(tl.int64)[:, None] * width + column[None, :], out, mask=mask)
 
 
 def activate_and_multiply(x_T2F: torch.Tensor, activation: int) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """A device that torch does not know, computing on the host: the stand-in for hardware that is not at hand.
 
 It is torch's PrivateUse1 device under the name "sim". Whatever assumes one of torch's own devices fails on it as it
-would fail on a new accelerator. Read first: this file, then `operators.py`, then `host_memory.py`.
+would fail on a new accelerator. Torch lets Python give such a device operators but no allocator: what allocates a bare
+storage (torch.save, copy.deepcopy) must be given `tensor.cpu()`, or it ends the process.
+
+Read first: this file, then `operators.py`, then `host_memory.py`.
 """
 
 from __future__ import annotations

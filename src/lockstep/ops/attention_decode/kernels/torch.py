@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lockstep.ops.attention_extend.kernels.torch import refuses
+from lockstep.ops.attention_extend.kernels.torch import GatherRoom, refuses
 from lockstep.ops.contract import Kernel
 
 
@@ -54,14 +54,15 @@ def run_group(
     v_KPSH: torch.Tensor,
     scale: float,
     window: int,
+    room: GatherRoom,
 ) -> torch.Tensor:
     """out [B, N, H] of the group's own rows, in the dtype of q."""
     num_kv_heads, _, page_size, head_dim = k_KPSH.shape
     batch, num_pages = group.pages_BP.shape
     pages = group.pages_BP.flatten()
     shape = (num_kv_heads, batch, num_pages * page_size, head_dim)
-    k_KBLH = k_KPSH.index_select(1, pages).view(shape)
-    v_KBLH = v_KPSH.index_select(1, pages).view(shape)
+    k_KBLH = room.gather("k", k_KPSH, pages).view(shape)
+    v_KBLH = room.gather("v", v_KPSH, pages).view(shape)
     q_KBGH = (q_BNH.float() * scale).unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
     # In float32 whatever the pool holds: a score of 20 rounded to bfloat16 would move its weight by 8 percent.
     scores_KBGL = torch.matmul(q_KBGH, k_KBLH.float().transpose(2, 3)).add_(group.bias_B1L[window])
@@ -82,7 +83,7 @@ def attention_decode(
     soft_cap: float,
 ) -> None:
     """See the contract. Lengths are read on the host; a backend plans once for all layers instead."""
-    page_size = k_KPSH.shape[2]
+    room, page_size = GatherRoom(), k_KPSH.shape[2]
     rows = [
         DecodeRow(row, num_keys, pages[: -(-num_keys // page_size)])
         for row, (num_keys, pages) in enumerate(zip(num_keys_B.tolist(), page_table_BP.tolist(), strict=True))
@@ -90,7 +91,7 @@ def attention_decode(
     ]
     out_BNH.zero_()
     for group in plan_groups(rows, page_size=page_size, windows=(window,), device=q_BNH.device):
-        out_BNH[group.rows_B] = run_group(group, q_BNH[group.rows_B], k_KPSH, v_KPSH, scale, window)
+        out_BNH[group.rows_B] = run_group(group, q_BNH[group.rows_B], k_KPSH, v_KPSH, scale, window, room)
 
 
 def _similar_lengths(rows: list[DecodeRow]) -> list[list[DecodeRow]]:

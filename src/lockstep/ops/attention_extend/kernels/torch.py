@@ -5,6 +5,7 @@ Shapes: T new tokens, N query heads, K KV heads, H head dim, P pages, L keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,25 @@ def refuses(signature: Signature) -> str | None:
     if signature["sinks"]:
         return "sinks are not among torch's fused attentions"
     return None
+
+
+class GatherRoom:
+    """Room for gathered keys and values, kept from layer to layer and from step to step.
+
+    Fresh memory for each layer would be given back to the system and mapped again: that costs more than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def gather(self, use: str, pool_KPSH: torch.Tensor, pages_P: torch.Tensor) -> torch.Tensor:
+        """The pages [K, len(pages), S, H] of a pool, valid until the same `use` gathers again."""
+        shape = (pool_KPSH.shape[0], pages_P.shape[0], *pool_KPSH.shape[2:])
+        size = math.prod(shape)
+        room = self._rooms.get((use, pool_KPSH.dtype))
+        if room is None or room.numel() < size:
+            room = self._rooms[use, pool_KPSH.dtype] = pool_KPSH.new_empty(size + size // 4)
+        return torch.index_select(pool_KPSH, 1, pages_P, out=room[:size].view(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +83,18 @@ def plan_item(
 
 
 def run_item(
-    item: ExtendItem, q_TNH: torch.Tensor, k_KPSH: torch.Tensor, v_KPSH: torch.Tensor, scale: float, window: int
+    item: ExtendItem,
+    q_TNH: torch.Tensor,
+    k_KPSH: torch.Tensor,
+    v_KPSH: torch.Tensor,
+    scale: float,
+    window: int,
+    room: GatherRoom,
 ) -> torch.Tensor:
     """out [T, N, H] of the item's own rows, in the dtype of q."""
     k_1KLH, v_1KLH = (
-        pool.index_select(1, item.pages_P).flatten(1, 2)[None, :, : item.num_keys] for pool in (k_KPSH, v_KPSH)
+        room.gather(use, pool, item.pages_P).flatten(1, 2)[None, :, : item.num_keys]
+        for use, pool in (("k", k_KPSH), ("v", v_KPSH))
     )
     mask_TL = item.seen_TL[window]
     out_1NTH = torch.nn.functional.scaled_dot_product_attention(
@@ -96,6 +123,7 @@ def attention_extend(
     soft_cap: float,
 ) -> None:
     """See the contract. Lengths are read on the host; a backend plans once for all layers instead."""
+    room = GatherRoom()
     bounds = cu_rows_B1.tolist()
     out_TNH.zero_()
     for index, (num_keys, pages) in enumerate(zip(num_keys_B.tolist(), page_table_BP.tolist(), strict=True)):
@@ -105,7 +133,7 @@ def attention_extend(
         item = plan_item(
             rows, num_keys, pages, page_size=k_KPSH.shape[2], windows=(window,), device=q_TNH.device
         )
-        out_TNH[rows] = run_item(item, q_TNH[rows], k_KPSH, v_KPSH, scale, window)
+        out_TNH[rows] = run_item(item, q_TNH[rows], k_KPSH, v_KPSH, scale, window, room)
 
 
 KERNELS = (

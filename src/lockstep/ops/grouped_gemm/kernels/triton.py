@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lockstep.ops.contract import Kernel, Signature
-from lockstep.ops.grouped_gemm.tiles import default_tile
+from lockstep.ops.grouped_gemm.tiles import default_tile, facts_of
 
 
 def _refuses(signature: Signature) -> str | None:
@@ -29,7 +29,9 @@ def grouped_gemm(
 
     out_PO = x_SI.new_zeros(x_SI.shape[0] * pairs_per_row, weight_EOI.shape[1])
     if len(block_experts):
-        tile = default_tile(len(pairs_R) // len(block_experts), x_SI.itemsize)
+        tile = default_tile(
+            len(pairs_R) // len(block_experts), x_SI.itemsize, facts_of(x_SI.device).shared_bytes
+        )
         aligned = (pairs_R, block_experts, num_rows)
         grouped_product(x_SI, weight_EOI, out_PO, aligned, row_weights_P, pairs_per_row, tile)
     return out_PO

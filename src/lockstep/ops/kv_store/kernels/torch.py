@@ -11,7 +11,8 @@ def kv_store(
     k_TNH: torch.Tensor, v_TNH: torch.Tensor, k_NPSH: torch.Tensor, v_NPSH: torch.Tensor, slots_T: torch.Tensor
 ) -> None:
     """See the contract. Whether there is padding is asked on the host: a graph cannot hold this kernel."""
-    if slots_T.numel() and int(slots_T.min()) < 0:
+    # On the meta device there are no slots to ask, only shapes to check.
+    if slots_T.numel() and not slots_T.is_meta and int(slots_T.min()) < 0:
         real_T = slots_T >= 0
         k_TNH, v_TNH, slots_T = k_TNH[real_T], v_TNH[real_T], slots_T[real_T]
     k_NPSH.flatten(1, 2).index_copy_(1, slots_T, k_TNH.transpose(0, 1).to(k_NPSH.dtype))

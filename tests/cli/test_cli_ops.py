@@ -1,0 +1,338 @@
+"""`lockstep ops`: what is listed, explained and checked, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.cli.main import main
+from lockstep.config import Given
+from lockstep.models.loading.sources import StoredWeights
+from lockstep.ops import selection, suite
+from lockstep.ops.contract import Contract, Kernel, Signature
+from lockstep.ops.page import operators_page
+from lockstep.ops.registry import contracts, kernels
+
+Streams = pytest.CaptureFixture[str]
+PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
+QUESTION = ["run", "The capital of France is", "--raw", "--max-tokens", "3", "--json"]
+
+
+def printed_json(capsys: Streams) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_list_is_the_registry(capsys: Streams) -> None:
+    assert main(["ops", "list", "--json"]) == 0
+    listed = {entry["op"]: entry for entry in printed_json(capsys)}
+    assert set(listed) == set(contracts())
+    for op, entry in listed.items():
+        assert [(each["name"], tuple(each["verified_on"])) for each in entry["kernels"]] == [
+            (kernel.provider, kernel.verified_on) for kernel in kernels(op)
+        ]
+
+
+def test_list_as_a_table_says_where_each_kernel_was_verified(
+    capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lockstep.ops import registry
+
+    norm = contracts()["rms_norm"]
+    offered = (
+        kernel("seen", platforms=frozenset({"there"}), verified_on=("a board",)),
+        kernel("unseen", features=frozenset({"wings"})),
+    )
+    monkeypatch.setattr(registry, "contracts", lambda: {"rms_norm": norm})
+    monkeypatch.setattr(registry, "kernels", lambda op: offered)
+    assert main(["ops", "list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert any(row[-4:] == ["seen", "there", "a", "board"] for row in rows)
+    assert any(row[-5:] == ["unseen", "any", "wings", "nothing", "yet"] for row in rows)
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text("utf-8") == operators_page(), "run: python -m lockstep.ops.page > docs/operators.md"
+    assert all(f"## {op}\n" in operators_page() for op in contracts())
+
+
+# -- explain
+
+
+def binding(op: str, where: str, provider: str, *refused: tuple[str, str]) -> SimpleNamespace:
+    found = SimpleNamespace(provider=provider)
+    return SimpleNamespace(op=op, where=where, kernel=found, why="first that accepts", refused=refused)
+
+
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Given]]:
+    """The options that each explanation was asked with; every one has the same three call sites."""
+    asked: list[dict[str, Given]] = []
+
+    def explain_bindings(options: dict[str, Given]) -> Iterable[SimpleNamespace]:
+        asked.append(options)
+        return (
+            binding("linear", "layers.0.up", "torch", ("onednn", "needs bfloat16")),
+            binding("rope", "layers.0", "torch"),
+            binding("linear", "layers.1.up", "torch", ("onednn", "needs bfloat16")),
+        )
+
+    module = types.ModuleType("lockstep.engine.bindings")
+    module.explain_bindings = explain_bindings  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lockstep.engine.bindings", module)
+    return asked
+
+
+@pytest.mark.usefixtures("explained")
+def test_explain_groups_equal_call_sites(capsys: Streams) -> None:
+    assert main(["ops", "explain"]) == 0
+    out = capsys.readouterr().out
+    assert "layers.0.up and 1 more" in out and "onednn: needs bfloat16" in out
+    assert main(["ops", "explain", "--json"]) == 0
+    groups = printed_json(capsys)
+    assert [(group["op"], group["where"]) for group in groups] == [
+        ("linear", ["layers.0.up", "layers.1.up"]),
+        ("rope", ["layers.0"]),
+    ]
+    assert groups[0]["refused"] == [{"kernel": "onednn", "reason": "needs bfloat16"}]
+
+
+def test_explain_takes_model_and_platform_under_both_names(
+    explained: list[dict[str, Given]], capsys: Streams
+) -> None:
+    assert main(["ops", "explain", "m", "--device", "cpu"]) == 0
+    assert main(["ops", "explain", "--model", "m", "--platform", "cpu"]) == 0
+    assert explained[0] == explained[1]
+    assert main(["ops", "explain", "m", "--model", "n"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_explain_says_what_a_run_binds_without_reading_a_weight(
+    capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the bindings of an engine that did load the model."""
+    from lockstep.engine.llm import LLM
+
+    with LLM(device="cpu", max_total_tokens=512, context_length=64) as llm:
+        bound = {(each.op, each.where): (each.kernel.provider, each.why) for each in llm.kernel_report()}
+
+    def load(*arguments: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(StoredWeights, "load", load)
+    assert main(["ops", "explain", "--platform", "cpu", "--context-length", "64", "--json"]) == 0
+    groups = printed_json(capsys)
+    said = {(each["op"], where): (each["kernel"], each["why"]) for each in groups for where in each["where"]}
+    assert said == bound and len(said) > 100
+
+
+def with_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that the cpu prefers to torch's, under oneDNN's name."""
+    picky = kernel("onednn", platforms=frozenset({"cpu"}), refuses=lambda signature: "not today")
+    monkeypatch.setattr(
+        selection, "kernels", lambda op: (*kernels(op), picky) if op == "rms_norm" else kernels(op)
+    )
+
+
+def test_explain_shows_refusals_and_strict_refuses_them(
+    capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_a_kernel_that_refuses(monkeypatch)
+    assert main(["ops", "explain", "--platform", "cpu", "--json"]) == 0
+    norm = next(group for group in printed_json(capsys) if group["op"] == "rms_norm")
+    assert norm["kernel"] == "torch" and norm["refused"] == [{"kernel": "onednn", "reason": "not today"}]
+    assert main(["ops", "explain", "--platform", "cpu", "--strict-kernels"]) == 2
+    assert "--strict-kernels: rms_norm.onednn refuses" in capsys.readouterr().err
+
+
+def test_explain_refuses_unknown_names(capsys: Streams) -> None:
+    assert main(["ops", "explain", "--platform", "cupu"]) == 2
+    assert "did you mean 'cpu'?" in capsys.readouterr().err
+    assert main(["ops", "explain", "--platform", "cpu", "--force-kernel", "rms_nrom=torch"]) == 2
+    assert "did you mean 'rms_norm'?" in capsys.readouterr().err
+
+
+# -- forcing kernels, to find the operator that is wrong
+
+
+def counted_references(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Calls of each operator's reference as a kernel."""
+    calls: dict[str, int] = {}
+
+    def counting(kernel: Kernel) -> Kernel:
+        def call(*arguments: Any) -> Any:
+            calls[kernel.op] = calls.get(kernel.op, 0) + 1
+            return kernel.function(*arguments)
+
+        return replace(kernel, function=call) if kernel.provider == "reference" else kernel
+
+    offered = {op: tuple(map(counting, kernels(op))) for op in contracts()}
+    monkeypatch.setattr(selection, "kernels", lambda op: offered[op])
+    return calls
+
+
+def answered(capsys: Streams, *options: str) -> list[int]:
+    assert (
+        main([*QUESTION, "--device", "cpu", "--max-total-tokens", "512", "--context-length", "64", *options])
+        == 0
+    )
+    return list(printed_json(capsys)["token_ids"])
+
+
+def test_forced_kernels_run_and_answer_alike(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted_references(monkeypatch)
+    expected = answered(capsys)
+    assert not calls and len(expected) == 3
+    assert answered(capsys, "--force-kernel", "rms_norm=reference") == expected
+    assert set(calls) == {"rms_norm"}
+    calls.clear()
+    assert answered(capsys, "--force-kernel", "*=reference") == expected
+    assert set(calls) >= {"rms_norm", "add_rms_norm", "linear", "rope", "kv_store", "silu_and_mul"}
+
+
+def test_a_forced_kernel_whose_needs_are_unmet_says_which(capsys: Streams) -> None:
+    assert main([*QUESTION, "--device", "cpu", "--force-kernel", "rms_norm=triton"]) == 2
+    err = capsys.readouterr().err
+    assert "rms_norm=triton cannot serve" in err and "made for cuda, musa, rocm, not cpu" in err
+
+
+# -- check
+
+
+def kernel(provider: str, **fields: Any) -> Kernel:
+    return Kernel(**{"op": "rms_norm", "provider": provider, "function": exact, **fields})
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rms_norm(x.double(), x.shape[-1:], weight.double(), eps).to(x.dtype)
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, *offered: Kernel, contract: Contract | None = None) -> None:
+    """Makes these the only kernels of the only operator, rms_norm."""
+    only = {"rms_norm": contract or contracts()["rms_norm"]}
+    monkeypatch.setattr(suite, "contracts", lambda: only)
+    monkeypatch.setattr(suite, "kernels", lambda op: offered)
+
+
+def test_check_reports_cases_errors_and_mutants(capsys: Streams) -> None:
+    assert main(["ops", "check", "--platform", "cpu", "--op", "rms_norm", "--seed", "3", "--json"]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text)
+    assert (found["platform"], found["seed"], found["passed"]) == ("cpu", 3, True)
+    (operator,) = found["operators"]
+    norm = contracts()["rms_norm"]
+    assert operator["mutants"] == {"total": len(norm.mutants), "rejected": len(norm.mutants), "accepted": []}
+    ran = {each["name"]: each for each in operator["kernels"]}
+    assert set(ran) >= {"reference", "torch"}
+    assert ran["reference"]["cases"] == len(list(norm.cases()))
+    assert all(0.03 < each["worst_share"] <= 1 and not each["failures"] for each in ran.values())
+    assert {"kernel": "triton", "reason": "made for cuda, musa, rocm, not cpu"} in operator["not_run"]
+    assert main(["ops", "check", "--platform", "cpu", "--op", "rms_norm", "--seed", "3", "--json"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_check_draws_fresh_inputs_and_says_how_to_draw_them_again(capsys: Streams) -> None:
+    seeds = set()
+    for _ in range(2):
+        assert main(["ops", "check", "--platform", "cpu", "--op", "rms_norm", "--kernel", "torch"]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("passed on cpu")
+        seeds.add(int(last.rpartition("--seed ")[2]))
+    assert len(seeds) == 2
+
+
+def test_check_fails_on_a_wrong_kernel(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = kernel("wrong", function=lambda x, weight, eps: exact(x, weight, eps) * 1.01)
+    offer(monkeypatch, kernel("right"), wrong)
+    assert main(["ops", "check", "--platform", "cpu"]) == 1
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    ended = {row[-4]: row[-1] for row in rows if row and row[-1] in ("passed", "failed")}
+    assert ended == {"right": "passed", "wrong": "failed"}
+    assert "rms_norm.wrong: " in out and "times what is accepted" in out and "more (--json has them all)" in out
+    assert "failed on cpu" in out
+    assert main(["ops", "check", "--platform", "cpu", "--json"]) == 1
+    (operator,) = printed_json(capsys)["operators"]
+    assert [each["passed"] for each in operator["kernels"]] == [True, False]
+
+
+def test_check_fails_on_a_mutant_that_passes(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = contracts()["rms_norm"]
+    blind = replace(norm, mutants={"nothing wrong": norm.reference, **norm.mutants})
+    offer(monkeypatch, kernel("right"), contract=blind)
+    assert main(["ops", "check", "--platform", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert f"{len(norm.mutants)} of {len(norm.mutants) + 1}" in out
+    assert "rms_norm: not rejected: nothing wrong (torch.float32)" in out
+
+
+def never(signature: Signature) -> str | None:
+    return "never today"
+
+
+def test_check_fails_when_nothing_ran(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, kernel("winged", features=frozenset({"wings"})), kernel("lazy", refuses=never))
+    assert main(["ops", "check", "--platform", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "not run: the device lacks wings" in out and "not run: never today" in out
+    assert out.splitlines()[-1].startswith("nothing ran on cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--op", "rms_nrom"], "unknown operator 'rms_nrom'; did you mean 'rms_norm'?"),
+        (["--kernel", "tritn"], "no kernel of any operator is called 'tritn'; did you mean 'triton'?"),
+        (["--op", "rms_norm", "--kernel", "onednn"], "no kernel of operator 'rms_norm' is called 'onednn'"),
+        (["--op", "rms_norm", "--kernel", "triton"], "rms_norm: made for cuda, musa, rocm, not cpu"),
+        (["--platform", "cuba"], "unknown device 'cuba'; did you mean 'cuda'?"),
+        (["--platform", "null"], "platform null computes no values"),
+    ],
+)
+def test_check_refuses_what_cannot_be(arguments: list[str], says: str, capsys: Streams) -> None:
+    assert (
+        main(["ops", "check", *([] if "--platform" in arguments else ["--platform", "cpu"]), *arguments]) == 2
+    )
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and not out
+
+
+def test_a_kernel_asked_for_by_name_says_every_need(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, kernel("winged", features=frozenset({"wings", "gills"})))
+    assert main(["ops", "check", "--platform", "cpu", "--kernel", "winged"]) == 2
+    assert "cannot run on cpu: rms_norm: the device lacks gills, wings" in capsys.readouterr().err
+
+
+# -- bench
+
+
+def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    module = types.ModuleType("lockstep.bench.ops")
+    module.main = lambda op, **options: calls.append((op, options)) or 1  # type: ignore[attr-defined, func-returns-value]
+    monkeypatch.setitem(sys.modules, "lockstep.bench.ops", module)
+    assert main(["ops", "bench", "rope"]) == 1
+    given = ["--providers", "torch, triton", "--sizes", "1,16", "--platform", "cpu", "--plot", "p.png"]
+    assert main(["ops", "bench", "rope", *given, "--seed", "5"]) == 1
+    plain = {
+        "providers": None,
+        "sizes": None,
+        "platform": "auto",
+        "seed": 0,
+        "json_out": None,
+        "plot_out": None,
+    }
+    assert calls[0] == ("rope", plain)
+    asked = {"providers": ("torch", "triton"), "sizes": (1, 16), "platform": "cpu", "seed": 5}
+    assert calls[1] == ("rope", {**plain, **asked, "plot_out": Path("p.png")})
+    for sizes in ("0", "", "1,x", "-4"):
+        assert main(["ops", "bench", "rope", f"--sizes={sizes}"]) == 2
+        assert "--sizes takes positive integers" in capsys.readouterr().err
