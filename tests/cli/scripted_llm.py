@@ -32,7 +32,12 @@ class ScriptedLLM:
     on_token: Callable[[int], None] | None = None
 
     def __init__(
-        self, model: Any = None, *, progress: Callable[[str, int, int], None] | None = None, options: Any = None, **keywords: Any
+        self,
+        model: Any = None,
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+        options: Any = None,
+        **keywords: Any,
     ) -> None:
         if type(self).opening_failure is not None:
             raise type(self).opening_failure

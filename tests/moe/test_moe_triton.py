@@ -15,6 +15,12 @@ from lockstep.ops.grouped_gemm import tiles
 from lockstep.ops.grouped_gemm.tiles import DeviceFacts, Measured, Problem, Tile, default_tile, rows_of, tile_of
 from lockstep.ops.registry import kernels
 
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
 OPERATORS = ("moe_topk_softmax", "moe_topk_sigmoid", "moe_align", "grouped_gemm", "fused_moe")
 
 

@@ -12,7 +12,17 @@ from typing import Any
 import lockstep
 from lockstep.platforms.registry import load_platform, platform_names
 
-LIBRARIES = ("torch", "triton", "transformers", "numpy", "tokenizers", "safetensors", "llguidance", "httpx", "uvicorn")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "llguidance",
+    "httpx",
+    "uvicorn",
+)
 BUSY_LOAD = 0.5
 """Runnable processes (average of the last minute) above which a machine was not quiet."""
 

@@ -89,6 +89,7 @@ def build_rank(
     with torch.inference_mode():
         model = model_class(files.config).make(build, files.config)
     stored.require_all_used()
+    sample = build.bind("top_k_top_p_sample", "sampler", dtype=torch.float32, vocab_size=facts.vocab_size)
     attention, attends = bind_attention(config, platform, build)
 
     def runner_with(num_pages: int, hooks: Sequence[SamplerHook]) -> tuple[ModelRunner, KVPool]:
@@ -106,6 +107,7 @@ def build_rank(
             windows=build.windows,
             eos_token_ids=files.eos_token_ids,
             device=device,
+            sample=sample.function,
             hooks=hooks,
             probe=probe,
             governor=governor,
@@ -118,7 +120,7 @@ def build_rank(
         num_pages = _num_pages_configured(config)
     runner, pool = runner_with(num_pages, (StructuredOutput(GrammarCompiler(tokenizer)),))
     if check:
-        first_step(runner, num_tokens=2)
+        first_step(runner, num_tokens=2, page_size=config.cache.page_size)
     filling = ", taken as it fills" if platform.gives_memory_on_write else ""
     pages = f"{num_pages} pages of {pool.page_size} tokens, {config.cache.kv_cache_dtype}{filling}"
     lines = (
@@ -166,10 +168,10 @@ class _GovernedWeights:
             return self._source.load(name, shape, dtype, part)
 
 
-def first_step(executor: Executor, *, num_tokens: int) -> None:
+def first_step(executor: Executor, *, num_tokens: int, page_size: int) -> None:
     """One prompt of `num_tokens` zeros through every layer, then gone. Its pages are overwritten by real ones."""
     params = SamplingParams(temperature=0.0)
-    pages = tuple(range(num_tokens + 1))  # enough at any page size, for the prompt and one more token
+    pages = tuple(range(num_tokens // page_size + 1))
     start = SequenceStart(-1, params, (0,) * num_tokens, num_tokens, 0, ())
     executor.execute(StepPlan(-2, (start,), (), (TokenSlice(-1, 0, num_tokens, pages, True),)))
     executor.execute(StepPlan(-1, (), (), (TokenSlice(-1, num_tokens, 1, (), True),)))
@@ -188,7 +190,7 @@ def _measure_pages(
     trial_tokens = min(chunk, config.model.context_length - 1)
     before = platform.memory(mesh.rank("tp"))
     runner = runner_with(trial_tokens + 2)
-    first_step(runner, num_tokens=trial_tokens)
+    first_step(runner, num_tokens=trial_tokens, page_size=page_size)
     platform.synchronize()
     peak_bytes = before.available_bytes - platform.memory(mesh.rank("tp")).available_bytes
     page_bytes = sum(shape.bytes_per_token(build.kv_dtype) for shape in build.kv_layers) * page_size

@@ -18,7 +18,7 @@ from lockstep.core.step import SequenceResult, StepPlan, StepResult, TokenLogpro
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import StepInputs, build_inputs
 from lockstep.executor.logprobs import prompt_logprobs, token_logprobs
-from lockstep.executor.sampler import Sampler
+from lockstep.executor.sampler import Sample, Sampler
 from lockstep.executor.sequences import SequenceState, SequenceTable
 from lockstep.executor.threads import ThreadGovernor
 from lockstep.kv.pool.pool import KVPool
@@ -47,6 +47,7 @@ class ModelRunner:
         windows: Sequence[int],
         eos_token_ids: Sequence[int],
         device: torch.device,
+        sample: Sample,
         hooks: Sequence[SamplerHook] = (),
         probe: Probe | None = None,
         governor: ThreadGovernor | None = None,
@@ -59,7 +60,7 @@ class ModelRunner:
         self._hooks = tuple(hooks)
         self._probe = probe
         self._governor = governor
-        self._sampler = Sampler(eos_token_ids, hooks)
+        self._sampler = Sampler(eos_token_ids, hooks, sample)
         self._sequences = SequenceTable()
 
     @torch.inference_mode()

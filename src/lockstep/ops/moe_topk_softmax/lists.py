@@ -53,14 +53,14 @@ def no_key(ROWS: tl.constexpr, LANES: tl.constexpr, NARROW: tl.constexpr) -> tl.
 
 
 @triton.jit
-def _after_meeting(keys: tl.tuple, I: tl.constexpr, PARTNER: tl.constexpr) -> tl.tensor:
-    """Key I after it met its partner: the larger of both goes to the lower number. Its own partner stays."""
-    if PARTNER > I:
-        return tl.maximum(keys[I], keys[PARTNER])
-    elif PARTNER < I:
-        return tl.minimum(keys[I], keys[PARTNER])
+def _after_meeting(keys: tl.tuple, AT: tl.constexpr, PARTNER: tl.constexpr) -> tl.tensor:
+    """Key AT after it met its partner: the larger of both goes to the lower number. Its own partner stays."""
+    if PARTNER > AT:
+        return tl.maximum(keys[AT], keys[PARTNER])
+    elif PARTNER < AT:
+        return tl.minimum(keys[AT], keys[PARTNER])
     else:
-        return keys[I]
+        return keys[AT]
 
 
 @triton.jit

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lockstep.core.capabilities import Capabilities
 from lockstep.platforms.accelerator import CudaGraph, TorchAccelerator, has_package
 from lockstep.platforms.base import DeviceGraph
+
+if TYPE_CHECKING:
+    import torch
 
 
 class CudaPlatform(TorchAccelerator):
@@ -48,6 +53,14 @@ class CudaPlatform(TorchAccelerator):
             has_triton=has_triton,
             collective_backend="nccl",
         )
+
+    def device(self, index: int = 0) -> torch.device:
+        import torch
+
+        # Contracts sum products in float32; cuBLAS may otherwise add partial sums in the inputs' dtype.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        return super().device(index)
 
     def new_graph(self) -> DeviceGraph:
         return CudaGraph()
