@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from lockstep.executor.threads import FIRST_BACKOFF_S, ThreadGovernor
 
 
@@ -56,7 +58,7 @@ def test_the_pause_doubles_while_the_disturbance_lasts() -> None:
         before_s = machine.wall_s
         if step(governor, machine, wall_s=0.01, busy=0.5) == 2:
             returns_s.append(before_s)
-    pauses_s = [late - early for early, late in zip(returns_s, returns_s[1:], strict=False)]
+    pauses_s = [late - early for early, late in itertools.pairwise(returns_s)]
     assert pauses_s[0] < pauses_s[1] < pauses_s[2] < pauses_s[3]
     assert len(returns_s) < 12  # 40 s of steps: about 0.25 + 0.5 + 1 + 2 + 4 + 8 + 8 ... s apart
 

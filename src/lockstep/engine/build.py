@@ -188,13 +188,14 @@ def _measure_pages(
     """Pages that fit beside the weights and the workspace of the largest step, the same on every rank."""
     page_size, chunk = config.cache.page_size, config.scheduler.chunked_prefill_size
     trial_tokens = min(chunk, config.model.context_length - 1)
+    trial_pages = trial_tokens // page_size + 1
     before = platform.memory(mesh.rank("tp"))
-    runner = runner_with(trial_tokens + 2)
+    runner = runner_with(trial_pages)
     first_step(runner, num_tokens=trial_tokens, page_size=page_size)
     platform.synchronize()
     peak_bytes = before.available_bytes - platform.memory(mesh.rank("tp")).available_bytes
     page_bytes = sum(shape.bytes_per_token(build.kv_dtype) for shape in build.kv_layers) * page_size
-    workspace_bytes = max(0, peak_bytes - page_bytes * (trial_tokens + 2))
+    workspace_bytes = max(0, peak_bytes - page_bytes * trial_pages)
     del runner
     num_pages = pages_that_fit(
         free_bytes=before.available_bytes,
