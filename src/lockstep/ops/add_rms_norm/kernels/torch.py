@@ -22,6 +22,6 @@ KERNELS = (
         provider="torch",
         function=add_rms_norm,
         refuses=refuses_mixed_dtypes,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

@@ -21,6 +21,7 @@ KERNELS = (
     Kernel(
         op="add_rms_norm",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=add_rms_norm,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

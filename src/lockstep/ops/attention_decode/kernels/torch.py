@@ -132,6 +132,6 @@ KERNELS = (
         provider="torch",
         function=attention_decode,
         refuses=refuses,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

@@ -142,6 +142,6 @@ KERNELS = (
         provider="torch",
         function=attention_extend,
         refuses=refuses,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

@@ -13,4 +13,6 @@ def gelu_and_mul(x_T2F: torch.Tensor, tanh: bool) -> torch.Tensor:
     return torch.nn.functional.gelu(gate_TF, approximate="tanh" if tanh else "none").mul_(up_TF)
 
 
-KERNELS = (Kernel(op="gelu_and_mul", provider="torch", function=gelu_and_mul, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(op="gelu_and_mul", provider="torch", function=gelu_and_mul, verified_on=("cpu", "NVIDIA H100")),
+)

@@ -18,6 +18,7 @@ KERNELS = (
     Kernel(
         op="gelu_and_mul",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=gelu_and_mul,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -44,6 +44,6 @@ KERNELS = (
         op="grouped_gemm",
         provider="torch",
         function=grouped_gemm,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

@@ -20,6 +20,7 @@ KERNELS = (
     Kernel(
         op="kv_store",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=kv_store,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -14,4 +14,4 @@ def layer_norm(
     return torch.nn.functional.layer_norm(x_TD, (x_TD.shape[-1],), weight_D, bias_D, eps)
 
 
-KERNELS = (Kernel(op="layer_norm", provider="torch", function=layer_norm, verified_on=("cpu",)),)
+KERNELS = (Kernel(op="layer_norm", provider="torch", function=layer_norm, verified_on=("cpu", "NVIDIA H100")),)

@@ -21,6 +21,7 @@ KERNELS = (
     Kernel(
         op="layer_norm",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=layer_norm,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

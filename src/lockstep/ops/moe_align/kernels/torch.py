@@ -34,4 +34,4 @@ def moe_align(
     return pairs_R[:num_rows], block_experts_B, ends_E[-1:].to(torch.int32)
 
 
-KERNELS = (Kernel(op="moe_align", provider="torch", function=moe_align, verified_on=("cpu",)),)
+KERNELS = (Kernel(op="moe_align", provider="torch", function=moe_align, verified_on=("cpu", "NVIDIA H100")),)

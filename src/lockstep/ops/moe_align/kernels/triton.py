@@ -20,6 +20,7 @@ KERNELS = (
     Kernel(
         op="moe_align",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=moe_align,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

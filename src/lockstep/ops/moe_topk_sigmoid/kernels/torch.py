@@ -39,4 +39,8 @@ def moe_topk_sigmoid(
     return weights_TK, ids_TK.to(torch.int32)
 
 
-KERNELS = (Kernel(op="moe_topk_sigmoid", provider="torch", function=moe_topk_sigmoid, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(
+        op="moe_topk_sigmoid", provider="torch", function=moe_topk_sigmoid, verified_on=("cpu", "NVIDIA H100")
+    ),
+)

@@ -38,4 +38,8 @@ def first_of_largest(values_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     return num_experts - 1 - torch.topk(keys_TE, top_k, dim=-1).values.remainder(num_experts)
 
 
-KERNELS = (Kernel(op="moe_topk_softmax", provider="torch", function=moe_topk_softmax, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(
+        op="moe_topk_softmax", provider="torch", function=moe_topk_softmax, verified_on=("cpu", "NVIDIA H100")
+    ),
+)

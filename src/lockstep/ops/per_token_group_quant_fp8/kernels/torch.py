@@ -26,6 +26,6 @@ KERNELS = (
         op="per_token_group_quant_fp8",
         provider="torch",
         function=per_token_group_quant_fp8,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

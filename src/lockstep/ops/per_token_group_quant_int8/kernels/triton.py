@@ -28,6 +28,7 @@ KERNELS = (
     Kernel(
         op="per_token_group_quant_int8",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=per_token_group_quant_int8,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -14,5 +14,10 @@ def per_token_quant_fp8(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 KERNELS = (
-    Kernel(op="per_token_quant_fp8", provider="torch", function=per_token_quant_fp8, verified_on=("cpu",)),
+    Kernel(
+        op="per_token_quant_fp8",
+        provider="torch",
+        function=per_token_quant_fp8,
+        verified_on=("cpu", "NVIDIA H100"),
+    ),
 )

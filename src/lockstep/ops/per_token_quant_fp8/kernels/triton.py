@@ -27,6 +27,7 @@ KERNELS = (
     Kernel(
         op="per_token_quant_fp8",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=per_token_quant_fp8,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"fp8", "triton"}),

@@ -19,6 +19,6 @@ KERNELS = (
         provider="torch",
         function=rms_norm,
         refuses=refuses_mixed_dtypes,
-        verified_on=("cpu",),
+        verified_on=("cpu", "NVIDIA H100"),
     ),
 )

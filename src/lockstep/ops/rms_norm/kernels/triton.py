@@ -19,6 +19,7 @@ KERNELS = (
     Kernel(
         op="rms_norm",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=rms_norm,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -34,4 +34,6 @@ def rope(
     return out.flatten(-2).to(out_dtype)
 
 
-KERNELS = (Kernel(op="rope", provider="torch", function=rope, refuses=_refuses, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(op="rope", provider="torch", function=rope, refuses=_refuses, verified_on=("cpu", "NVIDIA H100")),
+)

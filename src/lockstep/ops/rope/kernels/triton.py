@@ -24,6 +24,7 @@ KERNELS = (
     Kernel(
         op="rope",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=rope,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -44,6 +44,7 @@ KERNELS = (
     Kernel(
         op="scaled_mm_fp8",
         provider="cublas",
+        verified_on=("NVIDIA H100",),
         function=scaled_mm_fp8,
         platforms=frozenset({"cuda"}),
         features=frozenset({"fp8"}),

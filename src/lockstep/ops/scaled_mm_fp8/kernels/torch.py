@@ -43,4 +43,6 @@ def _of_outputs(scale: torch.Tensor, outputs: int) -> torch.Tensor:
     return scale if scale.shape[0] in (1, outputs) else scale.repeat_interleave(BLOCK)[:outputs]
 
 
-KERNELS = (Kernel(op="scaled_mm_fp8", provider="torch", function=scaled_mm_fp8, verified_on=("cpu",)),)
+KERNELS = (
+    Kernel(op="scaled_mm_fp8", provider="torch", function=scaled_mm_fp8, verified_on=("cpu", "NVIDIA H100")),
+)

@@ -25,6 +25,7 @@ KERNELS = (
     Kernel(
         op="scaled_mm_fp8",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=scaled_mm_fp8,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"fp8", "triton"}),

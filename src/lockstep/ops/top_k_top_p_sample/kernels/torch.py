@@ -75,5 +75,10 @@ def _enough(kept_RC: torch.Tensor, sorted_RC: torch.Tensor) -> bool:
 
 
 KERNELS = (
-    Kernel(op="top_k_top_p_sample", provider="torch", function=top_k_top_p_sample, verified_on=("cpu",)),
+    Kernel(
+        op="top_k_top_p_sample",
+        provider="torch",
+        function=top_k_top_p_sample,
+        verified_on=("cpu", "NVIDIA H100"),
+    ),
 )

@@ -19,6 +19,7 @@ KERNELS = (
     Kernel(
         op="var_rms_norm",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=var_rms_norm,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),
