@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.build import bind_attention, kernel_selector
+from lockstep.engine.build import bind_attention, bind_sampling, kernel_selector
 from lockstep.engine.opening import open_for_running
 from lockstep.layers.build import Build
 from lockstep.models.loading.sources import ShapeWeights
@@ -37,5 +37,6 @@ def explain_bindings(options: Mapping[str, Any]) -> tuple[Binding, ...]:
     )
     with torch.inference_mode():
         model_class(opened.files.config).make(build, opened.files.config)
+    bind_sampling(build, opened.facts.vocab_size)
     _, attends = bind_attention(config, opened.platform, build)
     return (*build.kernels.bindings, *attends)

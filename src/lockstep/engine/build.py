@@ -89,7 +89,7 @@ def build_rank(
     with torch.inference_mode():
         model = model_class(files.config).make(build, files.config)
     stored.require_all_used()
-    sample = build.bind("top_k_top_p_sample", "sampler", dtype=torch.float32, vocab_size=facts.vocab_size)
+    sample = bind_sampling(build, facts.vocab_size)
     attention, attends = bind_attention(config, platform, build)
 
     def runner_with(num_pages: int, hooks: Sequence[SamplerHook]) -> tuple[ModelRunner, KVPool]:
@@ -154,6 +154,11 @@ def bind_attention(
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
     )
+
+
+def bind_sampling(build: Build, vocab_size: int) -> Binding:
+    """The kernel that draws tokens from float32 scores."""
+    return build.bind("top_k_top_p_sample", "sampler", dtype=torch.float32, vocab_size=vocab_size)
 
 
 class _GovernedWeights:
