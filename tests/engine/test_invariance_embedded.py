@@ -56,7 +56,7 @@ def test_company_then_prefix_hits(expected: list[Completion]) -> None:
 
 
 def test_preemption(expected: list[Completion]) -> None:
-    with LLM(**FLOAT32 | {"max_total_tokens": 16 * 20}) as llm:
+    with LLM(**FLOAT32 | {"max_total_tokens": 16 * 20, "page_size": 16}) as llm:
         longest, short = PROMPTS[-1], PROMPTS[:-1]
         answers = llm.generate([longest, *short, *short, *short], PARAMS)
         assert llm.stats().num_preemptions > 0
