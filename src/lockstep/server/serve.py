@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -58,6 +59,11 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for what asyncio says when several events follow a hang-up before the loop learns of it."""
+    return record.getMessage() != "socket.send() raised exception."
 
 
 async def serve(
@@ -123,6 +129,7 @@ async def run_app(
         server_header=False,
     )
     server = _Server(config)
+    logging.getLogger("asyncio").addFilter(_is_news)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.wait())
     try:
