@@ -17,6 +17,8 @@ from lockstep.engine.llm import LLM
 from lockstep.formats import embedded_model_path, open_model
 from lockstep.models.loading.weights import FileWeights
 
+pytestmark = pytest.mark.suite("cpu")
+
 FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
 NUM_TOKENS = 64
 ANSWER_TOKENS = 24

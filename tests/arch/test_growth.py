@@ -18,6 +18,8 @@ from lockstep.ops.check import check_kernel, check_mutants
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import KernelSelector
 
+pytestmark = pytest.mark.suite("cpu")
+
 HERE = Capabilities(platform="here", device_type="cpu", device_name="a test")
 
 CONTRACT = """

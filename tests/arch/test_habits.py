@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 from source_tree import Module, modules
 
+pytestmark = pytest.mark.suite("cpu")
+
 DEVICE = re.compile(r"(cpu|cuda|rocm|hip|musa|xpu|npu|mps|hpu|meta|sim|gloo|nccl|rccl|mccl)(:\d+)?")
 DEVICE_ATTRIBUTE = re.compile(
     r"\b(torch\.(cuda|xpu|mps|hip|musa|npu)|\w+\.is_(cuda|cpu|xpu|mps)|torch\.version\.(cuda|hip))\b"
@@ -21,7 +23,9 @@ DEVICES_ALLOWED = {
         "models/loading/sources.py",
         "meta",
     ): "shapes without values live on torch's meta device, which is no hardware",
+    ("quantization/held.py", "meta"): "as above",
     ("ops/check.py", "cpu"): "the reference runs in float64 on the host, whatever the kernel runs on",
+    ("ops/native.py", "cpu"): "the one place that says where the extension's kernels run",
     ("ops/registry.py", "cpu"): "references are verified where the tests run",
     (
         "parallel/processes.py",

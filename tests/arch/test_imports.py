@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from source_tree import modules, torch_free
+
+pytestmark = pytest.mark.suite("cpu")
 
 WATCH = Path(__file__).with_name("import_watch.py")
 

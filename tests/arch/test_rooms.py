@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import pytest
 from source_tree import PACKAGE, Module, modules, ranks, torch_free
 
+pytestmark = pytest.mark.suite("cpu")
+
 HEAVY = ("torch", "transformers", "safetensors.torch")
 
 

@@ -20,7 +20,7 @@ from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.errors import ConfigError
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.ops.attention_extend import tiles
-from lockstep.ops.attention_extend.cases import Layer, paged_inputs
+from lockstep.ops.attention_extend.cases import Layer, PagedInputs, paged_inputs
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Kernel
 from lockstep.ops.registry import contracts, kernels
@@ -32,6 +32,12 @@ NUM_CALLS = 16
 
 def kernel(op: str, provider: str) -> Kernel:
     return next(each for each in kernels(op) if each.provider == provider)
+
+
+def made_on(device: str, seed: int, layer: Layer, rows: int, num_keys: tuple[int, ...]) -> PagedInputs:
+    """Random inputs, drawn on the device itself: large pools take seconds on the host."""
+    with torch.device(device):
+        return paged_inputs(torch.Generator(device).manual_seed(seed), layer, DTYPE, rows, num_keys)
 
 
 def triton_backend() -> PagedBackend:
@@ -50,7 +56,7 @@ def replays_give_eager_bits(device: str) -> bool:
     """One graph over a fixed plan, refilled: fewer sequences, other lengths, wider tables than eager has."""
     backend, layer = triton_backend(), Layer(32, 8, 128, 16, window=300, sinks=True)
     lengths = [(1, 700, 33, 2000), (16, 17), (2048, 1, 9, 64)]
-    made = paged_inputs(torch.Generator(device).manual_seed(0), layer, DTYPE, 4, (2048,) * 4)
+    made = made_on(device, 0, layer, 4, (2048,) * 4)
     kv = LayerKV(made.k_KPSH, made.v_KPSH)
     spec = AttentionSpec(layer.scale, layer.window, 0.0, made.sinks_N)
     where = {"page_size": layer.page_size, "device": torch.device(device)}
@@ -98,7 +104,7 @@ def decode_calls(layer: Layer, num_keys: tuple[int, ...], device: str) -> tuple[
     num_bytes = 2 * sum(num_keys) * layer.kv_heads * layer.head_dim * DTYPE.itemsize
     calls = []
     for seed in range(max(2, min(NUM_CALLS, 2**28 // num_bytes))):
-        made = paged_inputs(torch.Generator(device).manual_seed(seed), layer, DTYPE, len(num_keys), num_keys)
+        made = made_on(device, seed, layer, len(num_keys), num_keys)
         arguments = (made.q_TNH, made.k_KPSH, made.v_KPSH, made.page_table_BP, made.num_keys_B)
         how = (layer.scale, layer.window, layer.soft_cap)
         calls.append(
@@ -109,7 +115,7 @@ def decode_calls(layer: Layer, num_keys: tuple[int, ...], device: str) -> tuple[
 
 def extend_call(layer: Layer, rows: int, num_keys: int, device: str) -> tuple[list[Callable[[], None]], int]:
     """A call, and its operations: two products over every key that a row sees."""
-    made = paged_inputs(torch.Generator(device).manual_seed(0), layer, DTYPE, rows, (num_keys,))
+    made = made_on(device, 0, layer, rows, (num_keys,))
     cu_rows = torch.tensor([0, rows], dtype=torch.int32, device=device)
     arguments = (made.q_TNH, made.k_KPSH, made.v_KPSH, made.page_table_BP, cu_rows, made.num_keys_B)
     how = (layer.scale, layer.window, layer.soft_cap)

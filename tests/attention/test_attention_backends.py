@@ -17,6 +17,8 @@ from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Kernel
 from lockstep.ops.registry import contracts, kernels
 
+pytestmark = pytest.mark.suite("cpu")
+
 PAGE_SIZE = 4
 LAYER = Layer(6, 2, 32, PAGE_SIZE)
 HOST = torch.device("cpu")

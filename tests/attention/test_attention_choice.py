@@ -12,6 +12,8 @@ from lockstep.core.errors import ConfigError, KernelError
 from lockstep.ops.attention_extend.cases import Layer
 from lockstep.ops.contract import Signature
 
+pytestmark = pytest.mark.suite("cpu")
+
 HERE = Capabilities(platform="cpu", device_type="cpu", device_name="a test")
 GPU = Capabilities(
     platform="rocm", device_type="cuda", device_name="a test", features=frozenset({"triton"}), has_triton=True

@@ -11,6 +11,8 @@ from lockstep.ops.attention_decode.reference import attention_decode
 from lockstep.ops.attention_extend.cases import Layer, paged_inputs
 from lockstep.ops.attention_extend.reference import attention_extend
 
+pytestmark = pytest.mark.suite("cpu")
+
 LAYERS = (
     Layer(4, 2, 16, 4),
     Layer(6, 2, 16, 4, window=3),

@@ -20,6 +20,8 @@ from lockstep.ops.attention_extend.tiles import (
     power_of_two,
 )
 
+pytestmark = pytest.mark.suite("cpu")
+
 HERE = Path(__file__).parent
 
 

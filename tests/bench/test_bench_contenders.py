@@ -17,6 +17,8 @@ from lockstep.core.errors import ConfigError, EngineDead, LockstepError
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def options(model: Path) -> dict[str, Given]:
     return {

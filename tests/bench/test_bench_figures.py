@@ -12,6 +12,8 @@ from lockstep.bench.contender import Round
 from lockstep.bench.figures import Figure, Spread, percentile
 from lockstep.bench.report import figure_table, shown
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def test_percentiles_are_numpys() -> None:
     seed = random.randrange(2**32)

@@ -17,6 +17,8 @@ import lockstep
 from lockstep.bench import fingerprint as module
 from lockstep.bench.fingerprint import describe, fingerprint, was_busy
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def test_the_machine_is_this_one() -> None:
     machine = fingerprint()

@@ -11,6 +11,8 @@ import pytest
 
 from lockstep.cli.main import main
 
+pytestmark = pytest.mark.suite("cpu")
+
 Streams = pytest.CaptureFixture[str]
 SMALL = ["--dtype", "float32", "--max-total-tokens", "2048", "--threads", "1"]
 

@@ -26,6 +26,8 @@ from lockstep.ops.contract import Contract, Kernel
 from lockstep.ops.registry import contracts, kernels
 from lockstep.platforms.cpu import CpuPlatform
 
+pytestmark = pytest.mark.suite("cpu")
+
 Streams = pytest.CaptureFixture[str]
 CPU = CpuPlatform()
 NORM, WORKLOAD = workload_of("rms_norm")
@@ -123,6 +125,7 @@ def counted(products: Callable[[], Any]) -> int:
 # -- time
 
 
+@pytest.mark.suite("cpu", exclusive=True)
 def test_a_call_takes_what_it_takes() -> None:
     timing = time_calls(CPU, lambda: lambda: time.sleep(0.004), 2**30)
     print(timing)

@@ -18,6 +18,8 @@ from lockstep.cli.main import main
 from lockstep.config import Given
 from lockstep.core.errors import ConfigError, EngineDead
 
+pytestmark = pytest.mark.suite("cpu", exclusive=True)
+
 Streams = pytest.CaptureFixture[str]
 
 

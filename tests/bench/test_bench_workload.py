@@ -13,6 +13,8 @@ from lockstep.bench.http_load import poisson_arrivals
 from lockstep.bench.workload import FileWorkload, Job, RandomWorkload, choose_workload, read_jobs
 from lockstep.core.errors import ConfigError
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def test_random_prompts_have_the_shape_and_differ() -> None:
     batches = list(islice(RandomWorkload(3, 4, 9, 5).batches(50), 3))

@@ -11,6 +11,8 @@ from scripted_llm import ScriptedLLM
 
 from lockstep.cli.main import main
 
+pytestmark = pytest.mark.suite("cpu")
+
 Streams = pytest.CaptureFixture[str]
 
 

@@ -22,6 +22,8 @@ from lockstep.ops.contract import Contract, Kernel, Signature
 from lockstep.ops.page import operators_page
 from lockstep.ops.registry import contracts, kernels
 
+pytestmark = pytest.mark.suite("cpu")
+
 Streams = pytest.CaptureFixture[str]
 PAGE = Path(__file__).parents[2] / "docs" / "operators.md"
 QUESTION = ["run", "The capital of France is", "--raw", "--max-tokens", "3", "--json"]
@@ -135,10 +137,16 @@ def test_explain_says_what_a_run_binds_without_reading_a_weight(
 
 
 def with_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that the cpu prefers to torch's, under oneDNN's name."""
-    picky = kernel("onednn", platforms=frozenset({"cpu"}), refuses=lambda signature: "not today")
+    """The first that the cpu prefers, in the place of the real one."""
+    picky = kernel("native", platforms=frozenset({"cpu"}), refuses=lambda signature: "not today")
     monkeypatch.setattr(
-        selection, "kernels", lambda op: (*kernels(op), picky) if op == "rms_norm" else kernels(op)
+        selection,
+        "kernels",
+        lambda op: (
+            (*(k for k in kernels(op) if not k.provider.startswith("native")), picky)
+            if op == "rms_norm"
+            else kernels(op)
+        ),
     )
 
 
@@ -146,11 +154,11 @@ def test_explain_shows_refusals_and_strict_refuses_them(
     capsys: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_a_kernel_that_refuses(monkeypatch)
-    assert main(["ops", "explain", "--platform", "cpu", "--json"]) == 0
+    assert main(["ops", "explain", "--platform", "cpu", "--dtype", "float32", "--json"]) == 0
     norm = next(group for group in printed_json(capsys) if group["op"] == "rms_norm")
-    assert norm["kernel"] == "torch" and norm["refused"] == [{"kernel": "onednn", "reason": "not today"}]
-    assert main(["ops", "explain", "--platform", "cpu", "--strict-kernels"]) == 2
-    assert "--strict-kernels: rms_norm.onednn refuses" in capsys.readouterr().err
+    assert norm["kernel"] == "torch" and norm["refused"] == [{"kernel": "native", "reason": "not today"}]
+    assert main(["ops", "explain", "--platform", "cpu", "--dtype", "float32", "--strict-kernels"]) == 2
+    assert "--strict-kernels: rms_norm.native refuses" in capsys.readouterr().err
 
 
 def test_explain_refuses_unknown_names(capsys: Streams) -> None:
@@ -180,10 +188,8 @@ def counted_references(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def answered(capsys: Streams, *options: str) -> list[int]:
-    assert (
-        main([*QUESTION, "--device", "cpu", "--max-total-tokens", "512", "--context-length", "64", *options])
-        == 0
-    )
+    small = ("--dtype", "float32", "--max-total-tokens", "512", "--context-length", "64")
+    assert main([*QUESTION, "--device", "cpu", *small, *options]) == 0
     return list(printed_json(capsys)["token_ids"])
 
 

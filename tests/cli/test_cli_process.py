@@ -14,6 +14,8 @@ from lockstep import __version__
 from lockstep.cli.main import COMMANDS
 from lockstep.config.components import ENGINE_OPTIONS, OPTIONS
 
+pytestmark = pytest.mark.suite("cpu")
+
 COMMAND = [sys.executable, "-m", "lockstep.cli.main"]
 
 
@@ -24,6 +26,7 @@ def lockstep(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.suite("cpu", exclusive=True)
 def test_help_lists_every_command_and_is_quick() -> None:
     times_s = []
     for _ in range(3):

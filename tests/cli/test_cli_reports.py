@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 from scripted_llm import CARD, ScriptedLLM
 
+from lockstep.cli.machine import native_kernels
 from lockstep.cli.main import main
 from lockstep.config import Given, ModelFacts, ServerOptions, gather, resolve
 from lockstep.config.components import OPTIONS
 from lockstep.core.capabilities import Capabilities
+
+pytestmark = pytest.mark.suite("cpu")
 
 Streams = pytest.CaptureFixture[str]
 
@@ -129,7 +132,7 @@ def test_serve_prints_its_address(monkeypatch: pytest.MonkeyPatch, capsys: Strea
     monkeypatch.setenv("LOCKSTEP_API_KEY", "k")
     assert main(["serve", "m.gguf", "--port", "8123", "--tp", "2"]) == 0
     out, err = capsys.readouterr()
-    assert (out, err) == ("Lockstep serves scripted at http://127.0.0.1:8123\n", "")
+    assert (out, err) == ("Lockstep serves scripted at http://127.0.0.1:8123\n", f"{native_kernels()}\n")
     ((client, options),) = calls
     assert (options.port, options.api_key) == (8123, "k")
     assert client.options["model"] == Given("m.gguf", "command line")
@@ -141,7 +144,7 @@ def test_serve_warns_when_anyone_may_use_it(monkeypatch: pytest.MonkeyPatch, cap
     assert main(["serve", "--host", "0.0.0.0"]) == 0
     assert "--api-key" in capsys.readouterr().err
     assert main(["serve", "--host", "0.0.0.0", "--api-key", "k"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"{native_kernels()}\n"
 
 
 def test_serve_on_a_taken_port(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:

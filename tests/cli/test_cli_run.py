@@ -18,6 +18,8 @@ from lockstep.core.errors import EngineDead, LockstepError, ModelFileError, OutO
 from lockstep.core.output import CompletionDelta, RequestOutput
 from lockstep.core.sampling import Grammar
 
+pytestmark = pytest.mark.suite("cpu")
+
 Streams = pytest.CaptureFixture[str]
 
 

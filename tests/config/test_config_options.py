@@ -18,6 +18,8 @@ from lockstep.config.reference import reference_page
 from lockstep.config.rules import RULES
 from lockstep.core.errors import ConfigError
 
+pytestmark = pytest.mark.suite("cpu")
+
 DOCS = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 # Changing this list is a decision: scripts and clients depend on the names and on the defaults.

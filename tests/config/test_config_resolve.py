@@ -20,6 +20,8 @@ from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, OutOfMemory
 from lockstep.layers.attention import head_parts
 
+pytestmark = pytest.mark.suite("cpu")
+
 GIB = 2**30
 
 SMALL = ModelFacts(
@@ -63,7 +65,6 @@ GPU = Capabilities(
     num_devices=4,
     memory_bytes=80 * GIB,
     fast_dtypes=("bfloat16", "float16"),
-    features=frozenset({"fast_bf16_attention"}),
     has_streams=True,
     has_graphs=True,
 )
@@ -150,9 +151,21 @@ def test_dtype(stored: str, fast: tuple[str, ...], dtype: str, source: str) -> N
 def test_kv_cache_dtype_follows_the_model_only_where_that_is_fast() -> None:
     assert resolved(on=FAST_HOST).config.model.dtype == "bfloat16"
     assert resolved(on=FAST_HOST).config.cache.kv_cache_dtype == "float32"
-    able = dataclasses.replace(FAST_HOST, features=frozenset({"fast_bf16_attention"}))
+    able = dataclasses.replace(FAST_HOST, features=frozenset({"native"}))
     assert resolved(on=able).config.cache.kv_cache_dtype == "bfloat16"
+    assert resolved(on=able, dtype="float32").config.cache.kv_cache_dtype == "float32"
     assert resolved(on=FAST_HOST, kv_cache_dtype="bfloat16").config.cache.kv_cache_dtype == "bfloat16"
+
+
+def test_integers_of_a_file_are_kept_where_kernels_read_them() -> None:
+    able = dataclasses.replace(FAST_HOST, features=frozenset({"native"}))
+    packed = dataclasses.replace(SMALL, stored_dtype="q4_1")
+    assert resolved(packed, able).config.model.quantization == "stored"
+    assert resolved(packed, able).config.cache.page_size == 16
+    plain = dataclasses.replace(SMALL, stored_dtype="bfloat16")
+    assert resolved(plain, able).config.model.quantization == "none"
+    assert resolved(packed, FAST_HOST).config.model.quantization == "none"
+    assert resolved(packed, able, dtype="float32").config.model.quantization == "none"
 
 
 def test_context_is_bounded_on_a_host_unless_asked_for() -> None:

@@ -23,6 +23,8 @@ from served import COMPLETIONS, REAL, Served, served
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.suite("cpu")
+
 TASKS = Path(__file__).parent / "lm_eval_task"
 DOCUMENTS = [json.loads(line) for line in (TASKS / "capitals.jsonl").read_text().splitlines()]
 TOLERANCE = 1e-4

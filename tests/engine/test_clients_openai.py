@@ -14,6 +14,8 @@ import pytest
 from pydantic import BaseModel
 from served import REAL, Served, eventually, served
 
+pytestmark = pytest.mark.suite("cpu")
+
 PARIS = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -12,6 +12,8 @@ from tiny_llm import assert_same
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM, Completion
 
+pytestmark = pytest.mark.suite("cpu")
+
 FLOAT32: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_total_tokens": 4096}
 PROMPTS = [
     "The capital of France is",

@@ -30,6 +30,8 @@ from lockstep.engine.assembly import Engine
 from lockstep.engine.llm import LLM, Completion
 from lockstep.engine.messages import Submit
 
+pytestmark = pytest.mark.suite("cpu")
+
 # Shorter than a page, whole pages and one more or less, several chunks, across gemma3's window of 8.
 LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 23, 31, 40, 66, 100)
 NUM_TOKENS = 24

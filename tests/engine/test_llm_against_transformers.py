@@ -17,6 +17,8 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM
 
+pytestmark = pytest.mark.suite("cpu")
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 TOLERANCE = 1e-4
 

@@ -13,6 +13,8 @@ from lockstep.core.errors import ConfigError, InvalidRequest, LockstepError, Mod
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.llm import LLM
 
+pytestmark = pytest.mark.suite("cpu")
+
 CONTEXT = 64
 GOOD = [5, 6, 7]
 

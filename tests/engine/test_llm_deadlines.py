@@ -16,6 +16,8 @@ from lockstep.engine.assembly import Engine
 from lockstep.engine.loop import EngineLoop
 from lockstep.engine.messages import Abort, Submit
 
+pytestmark = pytest.mark.suite("cpu")
+
 PARAMS = SamplingParams(temperature=0.0, max_tokens=50, ignore_eos=True)
 
 

@@ -14,6 +14,8 @@ import pytest
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.llm import LLM
 
+pytestmark = pytest.mark.suite("cpu")
+
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -16,6 +16,8 @@ from lockstep.engine.assembly import Engine
 from lockstep.engine.llm import LLM
 from lockstep.engine.messages import StepInputs, Submit
 
+pytestmark = pytest.mark.suite("cpu")
+
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=2)
 
 

@@ -11,6 +11,8 @@ import pytest
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM, Completion
 
+pytestmark = pytest.mark.suite("cpu")
+
 # The same answers on processors that compute bfloat16 and on those that do not.
 FLOAT32: dict[str, Any] = {"dtype": "float32", "threads": 1}
 PROMPT = "Here is a short story about a fox and a hen. One day"

@@ -16,6 +16,8 @@ from lockstep.core.errors import EngineDead
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.llm import LLM, Completion
 
+pytestmark = pytest.mark.suite("cpu")
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=1)
 LONG = replace(GREEDY, max_tokens=150)
 WRITING = "Grüße aus Zürich! 🦊 Привет, 世界. Once upon a time"

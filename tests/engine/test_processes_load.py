@@ -10,6 +10,8 @@ import pytest
 from askers import Asked, all_begun, asking, off_loop, outcomes, some_begun, story
 from served import CHAT, NULL, REAL, Served, eventually, served
 
+pytestmark = pytest.mark.suite("cpu", exclusive=True)
+
 NUM_CLIENTS, NUM_LEAVING = 48, 60
 
 

@@ -15,6 +15,8 @@ from served import COMMAND, NULL, clean_environment, served
 
 from lockstep.formats import embedded_model_path
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def refuse(folder: Path, *arguments: str) -> str:
     """What `lockstep serve` says about its bad arguments."""

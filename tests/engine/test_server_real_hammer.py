@@ -11,6 +11,8 @@ import pytest
 from hammer import strike
 from served import NULL, REAL, Served, eventually, served
 
+pytestmark = pytest.mark.suite("cpu")
+
 TIGHT = [
     "--max-running-requests",
     "10",

@@ -12,6 +12,8 @@ import pytest
 from askers import Asked, Asker, all_begun, asking, off_loop, outcomes, story
 from served import CHAT, COMPLETIONS, REAL, Served, eventually, served
 
+pytestmark = pytest.mark.suite("cpu")
+
 KEY = "sesame-0123"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 NARROW = ("--max-running-requests", "1", "--max-queued-requests", "3", "--schedule-policy", "priority")

@@ -10,6 +10,8 @@ import torch
 from lockstep import LLM, SamplingParams
 from lockstep.core.probe import ProbePoint
 
+pytestmark = pytest.mark.suite("cpu")
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=3)
 
 
@@ -72,7 +74,7 @@ def test_rows_are_named_and_values_explain_each_other(watched: tuple[Watcher, tu
 
 
 def test_unwatched_points_are_absent() -> None:
-    with LLM(threads=1, max_total_tokens=512) as llm:
+    with LLM(threads=1, max_total_tokens=512, force_kernel=["decoder_forward=reference"]) as llm:
         model = llm._engine.rank.core.executor._model  # type: ignore[attr-defined]
         assert model._norm._point is None
         assert model._layers[0]._mlp._down._point is None

@@ -16,6 +16,8 @@ from lockstep.executor.sampler import Sampler
 from lockstep.executor.sequences import SequenceState
 from lockstep.ops.top_k_top_p_sample.kernels.torch import FIRST_CANDIDATES
 
+pytestmark = pytest.mark.suite("cpu")
+
 EOS = 3
 PROMPT = (5, 6, 7, 7)
 VOCAB_SIZE = 97

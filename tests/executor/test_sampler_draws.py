@@ -9,6 +9,8 @@ import pytest
 
 from lockstep.executor.draws import uniform
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def _reference(seed: int, position: int) -> float:
     """The same mixing in numpy's wrapping 64-bit integers."""

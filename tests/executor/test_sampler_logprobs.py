@@ -7,6 +7,8 @@ import torch
 
 from lockstep.executor.logprobs import ROWS_AT_ONCE, prompt_logprobs, token_logprobs
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

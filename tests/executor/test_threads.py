@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from lockstep.executor.threads import FIRST_BACKOFF_S, ThreadGovernor
+
+pytestmark = pytest.mark.suite("cpu")
 
 
 class Machine:

@@ -14,6 +14,8 @@ from lockstep.features.grammar import GrammarCompiler, GrammarState
 from lockstep.features.guidance_vocabulary import GuidanceVocabulary
 from lockstep.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.suite("cpu")
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 120}},

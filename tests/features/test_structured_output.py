@@ -19,6 +19,8 @@ from lockstep.features.grammar import GrammarCompiler
 from lockstep.features.structured import StructuredOutput
 from lockstep.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.suite("cpu")
+
 EOS = 2
 MAX_TOKENS = 600
 LETTERS = "abcdefgh"

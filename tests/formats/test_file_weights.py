@@ -19,6 +19,8 @@ from lockstep.core.errors import ModelFileError
 from lockstep.formats import embedded_model_path, open_model
 from lockstep.models.loading.weights import FileWeights
 
+pytestmark = pytest.mark.suite("cpu")
+
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 

@@ -16,6 +16,8 @@ from lockstep.formats import embedded_model_path, open_model
 from lockstep.formats.gguf_model import canonical_name
 from lockstep.formats.rope import classic_rope, llama3_factors, llama3_scaling
 
+pytestmark = pytest.mark.suite("cpu")
+
 SHARED_FIELDS = (
     "model_type",
     "hidden_size",

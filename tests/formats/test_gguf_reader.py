@@ -19,6 +19,8 @@ from lockstep.formats import embedded_model_path, open_model
 from lockstep.formats.gguf_reader import read_gguf_header
 from lockstep.formats.storage import StoredTensor
 
+pytestmark = pytest.mark.suite("cpu")
+
 SCALARS = {
     GGUFValueType.UINT8: 200,
     GGUFValueType.INT8: -100,
@@ -96,6 +98,7 @@ def test_the_embedded_model_reads_as_the_gguf_package_reads_it() -> None:
     ]
 
 
+@pytest.mark.suite("cpu", exclusive=True)
 def test_opening_the_embedded_model_is_quick() -> None:
     path = embedded_model_path()
     timings = []

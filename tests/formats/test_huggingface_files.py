@@ -19,6 +19,8 @@ from lockstep.formats import open_model
 from lockstep.formats.safetensors_header import read_safetensors_header
 from lockstep.models.loading.weights import FileWeights
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def directory(path: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor) -> Path:
     path.mkdir(exist_ok=True)

@@ -15,6 +15,8 @@ from gguf_files import tiny_model, write_gguf
 from lockstep.core.errors import ModelFileError
 from lockstep.formats import embedded_model_path, open_model
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[dict[str, Any]]:
     """Stands in for huggingface_hub; returns the list of what was asked of it."""

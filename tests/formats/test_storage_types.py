@@ -11,6 +11,8 @@ from lockstep.core.errors import ModelFileError
 from lockstep.formats.storage import BLOCK_LAYOUTS, GGML_TYPE_NAMES
 from lockstep.quantization.storage_types import STORAGE_TYPES, storage_type
 
+pytestmark = pytest.mark.suite("cpu")
+
 PACKED = [name for name, storage in STORAGE_TYPES.items() if storage.is_packed]
 HALF_FIELDS = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 SEED = 20240607

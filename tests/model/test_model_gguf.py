@@ -13,6 +13,8 @@ from k_quants import PACKERS, teach_gguf
 from teacher_forcing import TeacherForcedEngine, largest_difference, random_sequences, transformers_logits
 from transformers import PreTrainedModel
 
+pytestmark = pytest.mark.suite("cpu")
+
 TOLERANCE = 1e-4
 SPREAD: dict[str, Any] = {"initializer_range": 0.15}
 STORED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")

@@ -19,6 +19,8 @@ from teacher_forcing import (
 )
 from transformers import PreTrainedModel
 
+pytestmark = pytest.mark.suite("cpu")
+
 TOLERANCE = 1e-4
 LENGTHS = (1, 9, 24, 47, 130)
 # Shorter than a window and decoded across it; longer than a window; longer than yarn's original length.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for suite in ("model", "parallel"):
+for suite in ("model", "parallel", "engine"):
     sys.path.append(str(Path(__file__).parents[1] / suite))
 
 

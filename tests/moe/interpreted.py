@@ -42,11 +42,11 @@ def check(contract: Contract) -> None:
 def check_lanes(contract: Contract) -> None:
     """The widths that only tens of thousands of tokens would choose."""
     programs = importlib.import_module(f"lockstep.ops.{contract.name}.programs")
-    from lockstep.ops.moe_topk_softmax.tiles import Tile
+    from lockstep.ops.moe_topk_softmax.tiles import tile_with
 
     cases = list(contract.cases())[1::14]
     for lanes in (2, 4):
-        programs.tile_of = lambda num_tokens, lanes=lanes: Tile(128 // lanes, lanes)
+        programs.tile_of = lambda num_tokens, lanes=lanes: tile_with(lanes, 1)
         check(replace(contract, cases=lambda: iter(cases)))
 
 

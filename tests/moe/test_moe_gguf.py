@@ -16,6 +16,9 @@ from transformers import Qwen3MoeForCausalLM
 
 from lockstep.core.errors import ModelFileError
 from lockstep.formats.gguf_model import open_gguf
+from lockstep.models.loading.weights import FileWeights
+
+pytestmark = pytest.mark.suite("cpu")
 
 
 def stored_tensors(model: Qwen3MoeForCausalLM) -> dict[str, torch.Tensor]:
@@ -72,6 +75,22 @@ def test_logits_are_those_of_transformers(quantisation: str, tmp_path: Path) -> 
     assert largest_difference(found, transformers_logits(model, sequences)) < 1e-4
     stored = open_gguf(path).tensors["model.layers.0.mlp.experts.down_proj.weight"]
     assert stored.shape == (8, 64, 32) and stored.storage_type == GGMLQuantizationType[quantisation].name
+
+
+@pytest.mark.parametrize("quantisation", ["F32", "Q8_0"])
+def test_a_part_of_one_expert(quantisation: str, tmp_path: Path) -> None:
+    """Rows, columns that cut blocks, and all of it."""
+    path = write(tiny_model(tmp_path / "saved"), tmp_path / "model.gguf", quantisation)
+    weights, name = FileWeights(open_gguf(path)), "model.layers.1.mlp.experts.down_proj.weight"
+    stack = weights.load(name, torch.float32)
+    assert torch.equal(weights.load(name, torch.float32, member=7), stack[7])
+    for dim, size in ((0, 64), (1, 32)):
+        part = weights.load(name, torch.float32, dim=dim, start=5, length=size - 9, member=3)
+        assert torch.equal(part, stack[3].narrow(dim, 5, size - 9))
+    with pytest.raises(ModelFileError, match=r"of shape \(8, 64, 32\) has no matrix 8"):
+        weights.load(name, torch.float32, member=8)
+    with pytest.raises(ModelFileError, match=r"has no matrix 0"):
+        weights.load("model.norm.weight", torch.float32, member=0)
 
 
 def test_experts_of_other_architectures_are_refused(tmp_path: Path) -> None:

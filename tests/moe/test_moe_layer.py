@@ -16,6 +16,8 @@ from lockstep.models.loading.sources import ShapeWeights
 from lockstep.parallel.mesh import Axis, Group, Mesh
 from lockstep.parallel.placement import Partial, reduce
 
+pytestmark = pytest.mark.suite("cpu")
+
 BOTH = ("ep", "tp")
 SETTINGS: dict[str, Any] = {
     "hidden_size": 24,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,9 +23,15 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lockstep.attention.backend import Span
 from lockstep.core.errors import ConfigError, LockstepError, ModelFileError
-from lockstep.models.loading.sources import ShapeWeights
+from lockstep.formats import open_model
+from lockstep.layers.build import ForwardContext
+from lockstep.layers.moe import MoE
+from lockstep.models.loading.sources import ShapeWeights, StoredWeights
+from lockstep.models.loading.weights import FileWeights
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.processes import connect
+
+pytestmark = pytest.mark.suite("cpu")
 
 TOLERANCE = 1e-4
 LENGTHS = (1, 9, 24, 47)
@@ -111,6 +118,7 @@ def test_experts_stored_together(packed: bool, tmp_path: Path) -> None:
     """All experts of a layer in one tensor: gate and up apart, as GGUF has them, or packed, as transformers holds
     them in memory."""
     model = tiny_model(tmp_path)
+    expected = terms_of_ranks(tmp_path)
     file = tmp_path / "model.safetensors"
     stored = load_file(file)
     names = {name: name.split(".") for name in stored if ".experts." in name}
@@ -128,6 +136,29 @@ def test_experts_stored_together(packed: bool, tmp_path: Path) -> None:
             }
     save_file(stored, file)
     assert difference(model, tmp_path) < TOLERANCE
+    for (found, num_bytes), (wanted, wanted_bytes) in zip(terms_of_ranks(tmp_path), expected, strict=True):
+        assert torch.equal(found, wanted) and num_bytes == wanted_bytes
+
+
+@torch.inference_mode()
+def terms_of_ranks(path: Path) -> list[tuple[torch.Tensor, int]]:
+    """What each of four ranks makes of the first routed block, and the bytes that it read for it."""
+    found = []
+    for rank in range(4):
+        weights = StoredWeights(FileWeights(open_model(path)))
+        build = build_over(Mesh.shapes_only({"ep": 2, "tp": 2}, rank=rank), weights)
+        layer = MoE(
+            build,
+            "model.layers.0.mlp",
+            hidden_size=64,
+            inner_size=32,
+            num_experts=8,
+            top_k=2,
+            renormalise=True,
+        )
+        rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+        found.append((layer(cast(ForwardContext, None), rows).take(), build.weight_bytes))
+    return found
 
 
 KINDS = ("gate", "up", "down")
@@ -152,12 +183,15 @@ LAYOUT: dict[str, Any] = {
 SPANS = (Span(0, 5, (0, 1)), Span(6, 1, (2, 3)), Span(4, 3, (4, 5)))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 4, 8])
-def test_shapes_of_every_split(tp: int) -> None:
+SPLITS = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 1), (6, 1), (2, 2), (4, 2), (3, 4)]
+
+
+@pytest.mark.parametrize(("ep", "tp"), SPLITS)
+def test_shapes_of_every_split(ep: int, tp: int) -> None:
     """Built for every rank with no devices; the ranks' parts add up to the whole model."""
     counts = []
-    for rank in range(tp):
-        build = build_over(Mesh.shapes_only("tp", rank=rank, size=tp), ShapeWeights(), meta=True)
+    for rank in range(ep * tp):
+        build = build_over(Mesh.shapes_only({"ep": ep, "tp": tp}, rank=rank), ShapeWeights(), meta=True)
         hidden_TD, logits_TV = TinyModel(build, LAYOUT).step(SPANS)
         assert hidden_TD.shape == (9, 36) and logits_TV.shape == (9, 101)
         counts.append(build.weight_bytes)
@@ -166,43 +200,49 @@ def test_shapes_of_every_split(tp: int) -> None:
     held_by_all = 36 * (2 * 3 + 1) + 2 * 8 * 3 + 2 * 6 * 36  # norms of D and of heads, routers
     kv_copies = max(1, tp // 4) - 1
     kv_twice = 3 * 2 * 4 * 8 * 36
-    assert sum(counts) == whole.weight_bytes + 4 * ((tp - 1) * held_by_all + kv_copies * kv_twice)
+    experts = 2 * 6 * 3 * 21 * 36
+    held_by_tp = whole.weight_bytes // 4 - experts + (tp - 1) * held_by_all + kv_copies * kv_twice
+    assert sum(counts) == 4 * (experts + ep * held_by_tp)
 
 
 def test_more_ranks_than_inner_units() -> None:
     narrow = LAYOUT | {"moe_intermediate_size": 3}
     with pytest.raises(ConfigError, match="3 cannot be shared out over --tp 4"):
         for rank in range(4):
-            build = build_over(Mesh.shapes_only("tp", rank=rank, size=4), ShapeWeights(), meta=True)
+            build = build_over(Mesh.shapes_only({"tp": 4}, rank=rank), ShapeWeights(), meta=True)
             TinyModel(build, narrow)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
-def test_split_models_agree_with_one_rank(tp: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ep", "tp"), [(1, 2), (1, 4), (2, 1), (3, 1), (2, 2)])
+def test_split_models_agree_with_one_rank(ep: int, tp: int, tmp_path: Path) -> None:
     expected = TinyModel(build_over(Mesh.solo(), SeededWeights()), LAYOUT).logits()
-    ranks = on_ranks(tp, tmp_path / "store", lambda mesh: TinyModel(build_over(mesh, SeededWeights()), LAYOUT))
+    sizes = {"ep": ep, "tp": tp}
+    ranks = on_ranks(
+        sizes, tmp_path / "store", lambda mesh: TinyModel(build_over(mesh, SeededWeights()), LAYOUT)
+    )
     assert expected.std() > 0.3
     for logits in ranks:
         assert torch.equal(logits, ranks[0]), "ranks disagree in the last bit"
         assert float((logits - expected).abs().max()) < 1e-5
 
 
-def on_ranks(size: int, store: Path, build: Callable[[Mesh], TinyModel]) -> list[torch.Tensor]:
+def on_ranks(sizes: dict[str, int], store: Path, build: Callable[[Mesh], TinyModel]) -> list[torch.Tensor]:
     """Logits of a model on each rank: threads of this process, joined by real Gloo groups."""
     found: dict[int, torch.Tensor] = {}
 
     def rank_main(rank: int) -> None:
         with torch.inference_mode():
             device = torch.device("cpu")
-            mesh = connect("tp", rank=rank, size=size, store=store, backend="gloo", device=device)
+            mesh = connect(sizes, rank=rank, store=store, backend="gloo", device=device)
             found[rank] = build(mesh).logits()
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    ranks = range(math.prod(sizes.values()))
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [found[rank] for rank in range(size)]
+    return [found[rank] for rank in ranks]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from lockstep.ops.contract import Kernel
 from lockstep.ops.registry import kernels
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 def providers(op: str) -> list[Kernel]:
     return [kernel for kernel in kernels(op) if not kernel.platforms or "cpu" in kernel.platforms]

@@ -11,6 +11,8 @@ import pytest
 from lockstep.ops.rope.tiles import tile_of as rope_tile
 from lockstep.ops.rows import Tile, elementwise_tile, whole_row_tile
 
+pytestmark = pytest.mark.suite("cpu")
+
 triton = pytest.importorskip("triton")
 
 HOPPER = ("cuda", 90, 32)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.suite("cpu")
+
 OPS = (
     "rms_norm",
     "var_rms_norm",

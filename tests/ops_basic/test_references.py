@@ -19,6 +19,8 @@ from lockstep.ops.silu_and_mul.reference import silu_and_mul
 from lockstep.ops.top_k_top_p_sample.reference import top_k_top_p_sample
 from lockstep.ops.var_rms_norm.reference import var_rms_norm
 
+pytestmark = pytest.mark.suite("cpu")
+
 
 @pytest.fixture
 def generator() -> torch.Generator:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lockstep.ops.rows import WIDEST_ROW, as_rows, elementwise_tile, power_of_two, whole_row_tile
+
+pytestmark = pytest.mark.suite("cpu")
 
 
 @st.composite

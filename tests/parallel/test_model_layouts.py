@@ -15,6 +15,8 @@ from lockstep.models.loading.sources import ShapeWeights
 from lockstep.models.registry import model_classes
 from lockstep.parallel.mesh import Mesh
 
+pytestmark = pytest.mark.suite("cpu")
+
 SPANS = (Span(0, 5, (0, 1)), Span(6, 1, (2, 3)), Span(4, 3, (4, 5)), Span(9, 1, (6, 7, 8)))
 NUM_ROWS = 10
 
@@ -34,7 +36,7 @@ class RecordedShapes(ShapeWeights):
 
 def built(layout: Layout, *, tp: int, rank: int) -> tuple[TinyModel, RecordedShapes]:
     weights = RecordedShapes()
-    build = build_over(Mesh.shapes_only("tp", rank=rank, size=tp), weights, meta=True)
+    build = build_over(Mesh.shapes_only({"tp": tp}, rank=rank), weights, meta=True)
     return TinyModel(build, layout.config), weights
 
 

@@ -16,6 +16,8 @@ from lockstep.ops.registry import contracts, kernels
 from lockstep.parallel.mesh import AXES, Mesh, ShapeGroup
 from lockstep.parallel.placement import Partial, Sharded, expect_sharded, expect_whole, gather, reduce
 
+pytestmark = pytest.mark.suite("cpu")
+
 Placed = Partial | Sharded
 
 
@@ -109,15 +111,18 @@ def test_no_kernel_accepts_them(make: Callable[[], Placed], op: str) -> None:
     for kernel in kernels(op):
         if kernel.refuses(case.signature) is not None or kernel.platforms - {"cpu"}:
             continue
+        prepare: list[Callable[[Any], Any]] = [
+            kernel.prepare if kernel.prepare is not None and argument.constant else lambda value: value
+            for argument in contracts()[op].arguments
+        ]
+        prepared = [made(value) for made, value in zip(prepare, arguments, strict=True)]
         for index, value in enumerate(arguments):
             # Integers are indices; a kernel may know its rows without them.
             if not isinstance(value, torch.Tensor) or not value.is_floating_point():
                 continue
-            prepares = kernel.prepare is not None and contracts()[op].arguments[index].constant
             with pytest.raises(PlacementError):
-                given: Any = make()
-                given = kernel.prepare(given) if prepares and kernel.prepare else given
-                kernel.function(*arguments[:index], given, *arguments[index + 1 :])
+                given = prepare[index](make())
+                kernel.function(*prepared[:index], given, *prepared[index + 1 :])
 
 
 @BOTH
@@ -132,7 +137,7 @@ def test_they_cannot_be_hashed_or_nested(make: Callable[[], Placed]) -> None:
 @pytest.mark.parametrize("size", [1, 4])
 def test_reduce_once(size: int) -> None:
     """At every size of the axis, one included, so that a laptop finds what eight ranks would."""
-    mesh = Mesh.shapes_only("tp", rank=0, size=size)
+    mesh = Mesh.shapes_only({"tp": size}, rank=0)
     value = partial()
     assert torch.equal(reduce(value, mesh), torch.ones(3, 8))
     with pytest.raises(PlacementError, match="already reduced"):
@@ -152,7 +157,7 @@ def test_reduce_once(size: int) -> None:
 )
 def test_reduce_of_what_owes_no_sum(make: Callable[[], Any], says: str, size: int) -> None:
     with pytest.raises(PlacementError, match=says):
-        reduce(make(), Mesh.shapes_only("tp", rank=0, size=size))
+        reduce(make(), Mesh.shapes_only({"tp": size}, rank=0))
 
 
 def test_reduce_over_the_wrong_axis() -> None:
@@ -175,9 +180,9 @@ def test_gather_of_what_is_not_sharded() -> None:
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_gather_lays_slices_side_by_side(dim: int) -> None:
     value = Sharded(torch.arange(6.0).view(2, 3), "tp", dim)
-    whole = gather(value, Mesh.shapes_only("tp", rank=1, size=3))
+    whole = gather(value, Mesh.shapes_only({"tp": 3}, rank=1))
     assert torch.equal(whole, torch.cat([torch.arange(6.0).view(2, 3)] * 3, dim))
-    assert gather(value, Mesh.shapes_only("tp", rank=1, size=3), size=5).shape[dim] == 5
+    assert gather(value, Mesh.shapes_only({"tp": 3}, rank=1), size=5).shape[dim] == 5
 
 
 def test_sharded_works_slice_by_slice() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from tiny_models import LAYOUTS, Layout, SeededWeights, TinyModel, build_over
 
 from lockstep.core.errors import ConfigError, PlacementError
 from lockstep.parallel import processes
-from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.placement import Partial, Sharded, gather, reduce
 from lockstep.parallel.processes import connect
+
+pytestmark = pytest.mark.suite("cpu")
 
 TOLERANCE = 1e-5
 """Logits are of order one; sums in another order move them by about 1e-6."""
@@ -32,26 +36,32 @@ def quick_and_single_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def on_ranks(size: int, store: Path, work: Callable[[Mesh], torch.Tensor]) -> list[torch.Tensor]:
-    """What `work` gives on each of `size` ranks: threads of this process, joined by real Gloo groups."""
+    """What `work` gives on each rank of one axis."""
+    return on_mesh({"tp": size}, store, work)
+
+
+def on_mesh(sizes: dict[str, int], store: Path, work: Callable[[Mesh], torch.Tensor]) -> list[torch.Tensor]:
+    """What `work` gives on each rank: threads of this process, joined by real Gloo groups."""
     found: dict[int, torch.Tensor] = {}
     failures: list[BaseException] = []
 
     def rank_main(rank: int) -> None:
         try:
             with torch.inference_mode():
-                mesh = connect("tp", rank=rank, size=size, store=store, backend="gloo", device=CPU)
+                mesh = connect(sizes, rank=rank, store=store, backend="gloo", device=CPU)
                 found[rank] = work(mesh)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(size)]
+    ranks = range(math.prod(sizes.values()))
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if failures:
         raise failures[0]
-    return [found[rank] for rank in range(size)]
+    return [found[rank] for rank in ranks]
 
 
 def one_rank_logits(layout: Layout, noisy: str = "") -> torch.Tensor:
@@ -97,10 +107,11 @@ def test_a_bias_on_every_rank_would_show(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     def init(self: linear.RowParallelLinear, build: object, *arguments: object, **options: object) -> None:
         original(self, build, *arguments, **options)  # type: ignore[arg-type]
-        if self._product._bias_O is None:
+        if self.product.bias_O is None:
             part = arguments[1]
             name, width = f"{part.name}.bias", arguments[2]  # type: ignore[attr-defined]
-            self._product._bias_O = SeededWeights().load(name, (width,), torch.float32, None)  # type: ignore[arg-type]
+            bias = SeededWeights().load(name, (width,), torch.float32, None)  # type: ignore[arg-type]
+            self.product.pieces = [replace(piece, bias_O=bias) for piece in self.product.pieces]
 
     monkeypatch.setattr(linear.RowParallelLinear, "__init__", init)
     ranks = on_ranks(
@@ -134,12 +145,28 @@ def test_collectives(size: int, dtype: torch.dtype, tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
+def test_sums_along_every_axis_and_over_all(tmp_path: Path) -> None:
+    """Rank r holds 10^r, so that a sum shows whose terms it has."""
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        term = torch.tensor([10.0**mesh.everyone.rank])
+        axes: list[Axis] = ["dp", "ep", "tp", ("ep", "tp")]
+        return torch.cat([reduce(Partial(term.clone(), axis), mesh) for axis in axes])
+
+    found = on_mesh({"ep": 2, "tp": 2}, tmp_path / "store", work)
+    assert [each.tolist() for each in found] == [
+        [1.0, 101.0, 11.0, 1111.0],
+        [10.0, 1010.0, 11.0, 1111.0],
+        [100.0, 101.0, 1100.0, 1111.0],
+        [1000.0, 1010.0, 1100.0, 1111.0],
+    ]
+
+
 def test_two_meshes_live_in_one_process(tmp_path: Path) -> None:
     def work(mesh: Mesh) -> torch.Tensor:
-        other = connect(
-            "ep", rank=mesh.rank("tp"), size=2, store=tmp_path / "other", backend="gloo", device=CPU
-        )
-        value = torch.full((2,), float(mesh.rank("tp") + 1))
+        rank = mesh.rank("tp")
+        other = connect({"ep": 2}, rank=rank, store=tmp_path / "other", backend="gloo", device=CPU)
+        value = torch.full((2,), float(rank + 1))
         return torch.cat((reduce(Partial(value.clone(), "tp"), mesh), reduce(Partial(value * 10, "ep"), other)))
 
     for found in on_ranks(2, tmp_path / "store", work):
@@ -148,13 +175,13 @@ def test_two_meshes_live_in_one_process(tmp_path: Path) -> None:
 
 
 def test_one_rank_needs_nobody(tmp_path: Path) -> None:
-    mesh = connect("tp", rank=0, size=1, store=tmp_path / "never", backend="gloo", device=CPU)
+    mesh = connect({"tp": 1}, rank=0, store=tmp_path / "never", backend="gloo", device=CPU)
     assert mesh.size("tp") == 1 and not (tmp_path / "never").exists()
 
 
 def test_unknown_backend(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown collective backend 'glo'"):
-        connect("tp", rank=0, size=2, store=tmp_path / "store", backend="glo", device=CPU)
+        connect({"tp": 2}, rank=0, store=tmp_path / "store", backend="glo", device=CPU)
 
 
 def test_a_wrong_split_fails_before_anyone_waits(tmp_path: Path) -> None:

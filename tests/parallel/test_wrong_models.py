@@ -23,6 +23,8 @@ from lockstep.models.loading.sources import ShapeWeights
 from lockstep.parallel.mesh import Mesh, ShapeGroup
 from lockstep.parallel.placement import Partial, Sharded, gather, reduce
 
+pytestmark = pytest.mark.suite("cpu")
+
 LLAMA, GEMMA = (next(each for each in LAYOUTS if each.name == name) for name in ("llama", "gemma3"))
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -207,7 +209,7 @@ def test_wrong_wirings(monkeypatch: pytest.MonkeyPatch, wire: Patch, tp: int) ->
 
 def test_a_sum_taken_early_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row-parallel product that reduces by itself is right where sums are optional, and an error where one is due."""
-    original, mesh = RowParallelLinear.__call__, Mesh.shapes_only("tp", rank=0, size=3)
+    original, mesh = RowParallelLinear.__call__, Mesh.shapes_only({"tp": 3}, rank=0)
     monkeypatch.setattr(RowParallelLinear, "__call__", lambda self, x: reduce(original(self, x), mesh))
     run(LLAMA, 3)
     with pytest.raises(PlacementError, match="a replicated tensor owes no sum"):

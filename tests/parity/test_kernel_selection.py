@@ -15,6 +15,8 @@ from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import Binding, KernelSelector
 
+pytestmark = pytest.mark.suite("cpu")
+
 HERE = Capabilities(platform="here", device_type="cpu", device_name="a test", features=frozenset({"wings"}))
 SIGNATURE: Signature = {"dtype": torch.float32, "width": 64, "weight_dtype": torch.float32}
 
@@ -103,7 +105,7 @@ def test_a_star_leaves_operators_alone_that_have_no_such_kernel() -> None:
             r"rms_norm=goood names no kernel; did you mean 'good'\? \(known: reference, narrow,",
         ),
         ({"*": "refrence"}, r"\*=refrence names no kernel; did you mean 'reference'\?"),
-        ({"linear": "good"}, r"linear=good names no kernel.*known: reference, onednn, torch"),
+        ({"linear": "good"}, r"linear=good names no kernel.*known: reference, native, .*onednn, torch"),
     ],
 )
 def test_unknown_forced_names(forced: dict[str, str], says: str) -> None:

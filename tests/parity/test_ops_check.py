@@ -16,6 +16,8 @@ from lockstep.ops.check import check_kernel, check_mutants, error_share
 from lockstep.ops.contract import FLOAT32_UNIT, Kernel, Signature, Tolerance, rounded
 from lockstep.ops.registry import contracts
 
+pytestmark = pytest.mark.suite("cpu")
+
 NORM = contracts()["rms_norm"]
 ADD_NORM = contracts()["add_rms_norm"]
 STORE = contracts()["kv_store"]

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from lockstep.core.capabilities import Capabilities
+from lockstep.native import usable_instruction_sets
 from lockstep.ops.cases import DTYPES
 from lockstep.ops.check import check_kernel, check_mutants
 from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 from lockstep.ops.registry import contracts, kernels
 from lockstep.platforms.cpu import CpuPlatform
+
+pytestmark = pytest.mark.suite("cpu")
 
 SEEDS = (0, 1, 20260)
 HERE = CpuPlatform().capabilities()
@@ -40,8 +43,16 @@ def result_dtype(contract: Contract, case: Case) -> torch.dtype:
 
 
 def all_kernels() -> list[Kernel]:
-    """What the registry offers for this processor."""
-    return [kernel for op in contracts() for kernel in kernels(op) if runs_on(kernel, HERE)]
+    """What the registry offers for this processor; of the native ones those whose instruction set it has."""
+    usable = {f"native_{name}" for name in usable_instruction_sets()} | (
+        {"native"} if usable_instruction_sets()[:-1] else set()
+    )
+    return [
+        kernel
+        for op in contracts()
+        for kernel in kernels(op)
+        if runs_on(kernel, HERE) and (not kernel.provider.startswith("native") or kernel.provider in usable)
+    ]
 
 
 @pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: f"{kernel.op}-{kernel.provider}")

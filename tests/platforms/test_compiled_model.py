@@ -20,6 +20,8 @@ from lockstep.ops.selection import KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
 
+pytestmark = pytest.mark.suite("cpu")
+
 CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 96,

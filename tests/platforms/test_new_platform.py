@@ -13,6 +13,8 @@ import pytest
 from lockstep.cli.main import main
 from lockstep.platforms.registry import platform_names
 
+pytestmark = pytest.mark.suite("cpu")
+
 COMMAND = [sys.executable, "-m", "lockstep.cli.main"]
 
 

@@ -15,6 +15,8 @@ from lockstep.platforms.accelerator import TorchAccelerator
 from lockstep.platforms.base import MemoryFacts, Platform, PlatformError
 from lockstep.platforms.registry import load_platform, pick_platform, platform_names
 
+pytestmark = pytest.mark.suite("cpu")
+
 FACTS: dict[str, Any] = {
     "name": "made_up",
     "device_type": "cpu",

@@ -15,6 +15,8 @@ from lockstep.core.errors import ConfigError
 from lockstep.platforms import printed_devices
 from lockstep.platforms.printed_devices import TORCHS_LINE, make_printed_devices_importable, printed_imports
 
+pytestmark = pytest.mark.suite("cpu")
+
 REGISTER = torch.fx.graph._register_custom_builtin
 
 

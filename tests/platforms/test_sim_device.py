@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.suite("sim")
+
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

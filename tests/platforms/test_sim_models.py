@@ -13,6 +13,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM, Completion
 
+pytestmark = pytest.mark.suite("sim")
+
 PROMPTS = [[1], [7, 8, 9], list(range(20, 90)), [5] * 33]
 SMALL = {"vocab_size": 256, "initializer_range": 0.15, "eos_token_id": None, "bos_token_id": None}
 MOE = {

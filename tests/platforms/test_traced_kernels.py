@@ -25,13 +25,19 @@ from lockstep.ops.selection import KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
 
+pytestmark = pytest.mark.suite("cpu")
+
 DEVICES = ("cpu", "sim")
 NUM_CASES = 2
+OPAQUE = {
+    name for name, contract in contracts().items() if any(argument.opaque for argument in contract.arguments)
+}
+EXPRESSIBLE = sorted(set(contracts()) - OPAQUE)
 
 
 def usable_kernels(op: str, platform: str) -> list[Kernel]:
     preference = load_platform(platform).kernel_preference
-    found = [kernel for kernel in kernels(op) if kernel.provider in preference]
+    found = [kernel for kernel in kernels(op) if kernel.provider in preference and not kernel.opaque]
     return [kernel for kernel in found if not kernel.platforms or platform in kernel.platforms]
 
 
@@ -54,7 +60,7 @@ def has_float8(values: Sequence[Any]) -> bool:
 
 
 @pytest.mark.parametrize("platform", DEVICES)
-@pytest.mark.parametrize("op", sorted(contracts()))
+@pytest.mark.parametrize("op", EXPRESSIBLE)
 def test_torch_finds_nothing_wrong_with_the_registration(op: str, platform: str) -> None:
     device = load_platform(platform).device()
     num_checked = 0
@@ -73,7 +79,7 @@ def test_torch_finds_nothing_wrong_with_the_registration(op: str, platform: str)
 
 
 @pytest.mark.parametrize("platform", DEVICES)
-@pytest.mark.parametrize("op", sorted(contracts()))
+@pytest.mark.parametrize("op", EXPRESSIBLE)
 def test_the_operator_gives_the_kernels_own_bits(op: str, platform: str) -> None:
     device, contract = load_platform(platform).device(), contracts()[op]
     for kernel in usable_kernels(op, platform):
@@ -88,6 +94,23 @@ def test_the_operator_gives_the_kernels_own_bits(op: str, platform: str) -> None
             for argument, one, other in zip(contract.arguments, through, direct, strict=False):
                 if argument.written:
                     assert_same_bits(one, other)
+
+
+def test_what_a_schema_cannot_express_is_refused() -> None:
+    assert {"decoder_forward", "quant_linear"} == OPAQUE
+    for op in OPAQUE:
+        with pytest.raises(KernelError, match=rf"operator '{op}' cannot be traced"):
+            traceable(kernels(op)[0], torch.device("cpu"))
+
+
+def test_a_weight_that_is_no_tensor_is_left_to_eager_runs() -> None:
+    """The next kernel is bound, and the binding says why."""
+    platform = load_platform("cpu")
+    selector = TraceableSelector(platform.capabilities(), platform.kernel_preference)
+    sizes = {"inputs": 64, "outputs": 32, "bias": False}
+    binding = selector.bind("linear", "somewhere", {"dtype": torch.bfloat16, **sizes})
+    assert not binding.kernel.opaque
+    assert "no tensor" in dict(binding.refused).get("native", "no tensor")
 
 
 def assert_same_bits(found: Any, expected: Any) -> None:
@@ -113,9 +136,9 @@ class Stack:
 
     def __init__(self, build: Build) -> None:
         self.norm = RMSNorm(build, "norm", WIDTH, 1e-5)
-        self.gate_up = Product(build, "gate_up", build.weight("gate_up.weight", (2 * INNER, WIDTH)), None)
+        self.gate_up = Product(build, "gate_up", (build.weight("gate_up.weight", (2 * INNER, WIDTH)),), None)
         self.activate = build.bind("silu_and_mul", "activate", width=INNER).function
-        self.down = Product(build, "down", build.weight("down.weight", (WIDTH, INNER)), None)
+        self.down = Product(build, "down", (build.weight("down.weight", (WIDTH, INNER)),), None)
         self.add_norm = AddRMSNorm(build, "add_norm", WIDTH, 1e-5)
         self.store = build.bind("kv_store", "store", pool_dtype=torch.float32, page_size=PAGE_SIZE).function
 

@@ -23,6 +23,8 @@ from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import KernelSelector
 from lockstep.platforms.registry import load_platform
 
+pytestmark = pytest.mark.suite("cpu")
+
 VENDORS = {"aiter": "rocm", "musa": "musa"}
 
 

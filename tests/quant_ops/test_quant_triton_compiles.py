@@ -13,6 +13,8 @@ from triton.compiler import ASTSource
 from lockstep.ops.per_token_group_quant_fp8.tiles import tile_of as group_tile
 from lockstep.ops.scaled_mm_fp8.tiles import tile_of as product_tile
 
+pytestmark = pytest.mark.suite("cpu")
+
 HOPPER = ("cuda", 90, 32)
 MI300 = ("hip", "gfx942", 64)
 # Triton's words for dtypes, and the largest codes.

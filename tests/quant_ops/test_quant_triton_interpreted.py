@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.suite("cpu")
+
 OPS = ("per_token_quant_fp8", "per_token_group_quant_fp8", "per_token_group_quant_int8", "scaled_mm_fp8")
 
 

@@ -18,6 +18,8 @@ from lockstep.ops.per_token_group_quant_fp8.reference import new_scales
 from lockstep.ops.per_token_group_quant_fp8.tiles import WIDEST_GROUP, tile_of
 from lockstep.ops.registry import contracts, kernels
 
+pytestmark = pytest.mark.suite("cpu")
+
 OPS = ("per_token_quant_fp8", "per_token_group_quant_fp8", "per_token_group_quant_int8")
 GROUP_OPS = OPS[1:]
 HERE = ("reference", "torch")

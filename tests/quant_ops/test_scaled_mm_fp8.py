@@ -19,6 +19,8 @@ from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.scaled_mm_fp8.tiles import tile_of
 from lockstep.ops.selection import KernelSelector
 
+pytestmark = pytest.mark.suite("cpu")
+
 CONTRACT = contracts()["scaled_mm_fp8"]
 HERE = ("reference", "torch")
 SEED = 4

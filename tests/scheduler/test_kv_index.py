@@ -13,6 +13,8 @@ from lockstep.kv.index.allocator import PageAllocator
 from lockstep.kv.index.page_index import PageIndex, PageTable
 from lockstep.kv.index.radix_tree import RadixTree
 
+pytestmark = pytest.mark.suite("cpu")
+
 NUM_RANDOM_OPERATIONS = 6_000
 
 

@@ -16,6 +16,8 @@ from lockstep.scheduler.limits import SchedulerLimits
 from lockstep.scheduler.scheduler import Scheduler
 from lockstep.scheduler.sequence import Sequence
 
+pytestmark = pytest.mark.suite("cpu")
+
 EOS = 99
 PLAIN = 50
 """A token that ends nothing."""

@@ -28,6 +28,8 @@ from lockstep.scheduler.limits import SchedulerLimits
 from lockstep.scheduler.scheduler import Scheduler
 from lockstep.scheduler.sequence import Sequence
 
+pytestmark = pytest.mark.suite("cpu")
+
 NUM_STEPS = 20_000
 STEPS_PER_EPISODE = 400
 

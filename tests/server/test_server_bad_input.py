@@ -9,6 +9,8 @@ import pytest
 from fake_client import CONTEXT_LENGTH, VOCAB_SIZE, FakeClient
 from server_under_test import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess
 
+pytestmark = pytest.mark.suite("cpu")
+
 App = Callable[..., InProcess]
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}

@@ -11,6 +11,8 @@ from server_under_test import CHAT, HELLO, InProcess, events_of
 
 from lockstep.core.sampling import Grammar
 
+pytestmark = pytest.mark.suite("cpu")
+
 App = Callable[..., InProcess]
 
 

@@ -11,6 +11,8 @@ import pytest
 from fake_client import CONTEXT_LENGTH, FakeClient, logprob_of
 from server_under_test import COMPLETIONS, EMBEDDINGS, InProcess, events_of
 
+pytestmark = pytest.mark.suite("cpu")
+
 App = Callable[..., InProcess]
 
 

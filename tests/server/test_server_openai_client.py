@@ -19,6 +19,8 @@ from lockstep.server.schema.base import Strict
 from lockstep.server.schema.chat import ChatCompletionRequest
 from lockstep.server.schema.completions import CompletionRequest, EmbeddingRequest
 
+pytestmark = pytest.mark.suite("cpu")
+
 Start = Callable[..., Live]
 
 

@@ -17,6 +17,8 @@ from lockstep.server.schema.chat import ChatCompletionRequest, ChatMessage
 from lockstep.server.schema.completions import CompletionRequest, EmbeddingRequest
 from lockstep.server.schema.native import GenerateRequest, NativeSamplingParams
 
+pytestmark = pytest.mark.suite("cpu")
+
 App = Callable[..., InProcess]
 
 

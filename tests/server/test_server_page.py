@@ -15,6 +15,8 @@ from server_under_test import InProcess, Live
 from lockstep.core.request import Request
 from lockstep.server.routes.page import content_security_policy
 
+pytestmark = pytest.mark.suite("cpu")
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 TIMEOUT_MS = 15_000

@@ -26,6 +26,8 @@ from lockstep.config.components import ServerOptions
 from lockstep.core.errors import ConfigError
 from lockstep.server.serve import bind, serve
 
+pytestmark = pytest.mark.suite("cpu")
+
 LONG = "x" * 3000
 Start = Callable[..., Live]
 

@@ -25,6 +25,8 @@ from lockstep.server.tools.llama3_json import Llama3JsonReader
 from lockstep.server.tools.reader import AnswerReader, CallArguments, CallStart, Text, TextReader
 from lockstep.server.tools.registry import choose_reader
 
+pytestmark = pytest.mark.suite("cpu")
+
 NAMES = frozenset({"add", "sub"})
 
 

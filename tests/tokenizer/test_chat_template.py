@@ -14,6 +14,8 @@ from lockstep.formats import ModelFiles
 from lockstep.tokenizer.chat_template import ChatTemplate
 from lockstep.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.suite("cpu")
+
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": 'Be <brief> & "kind".'},
     {"role": "user", "content": " What is 2+2? 你好 "},

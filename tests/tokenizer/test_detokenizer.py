@@ -12,6 +12,8 @@ from lockstep.tokenizer.detokenizer import IncrementalDetokenizer
 from lockstep.tokenizer.tokenizer import Tokenizer
 from lockstep.tokenizer.vocabulary import Vocabulary, sentencepiece_bytes
 
+pytestmark = pytest.mark.suite("cpu")
+
 PIECES = ("<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581the", "re", "é", "🙂", "")
 VOCABULARY = Vocabulary(PIECES, sentencepiece_bytes, special=frozenset({0}), verbatim=frozenset({0}))
 THE, RE = PIECES.index("\u2581the"), PIECES.index("re")

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from lockstep.tokenizer.stops import StopMatcher
 
+pytestmark = pytest.mark.suite("cpu")
+
 LETTERS = st.text("ab\n", max_size=30)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
 

@@ -18,6 +18,8 @@ from lockstep.tokenizer.loading import load_tokenizer
 from lockstep.tokenizer.pre_tokenizers import pre_tokenization
 from lockstep.tokenizer.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.suite("cpu")
+
 SPACE = "\u2581"
 
 
@@ -83,6 +85,7 @@ def python_bpe(embedded_files: ModelFiles) -> Callable[[str], list[int]]:
     return encode
 
 
+@pytest.mark.suite("cpu", exclusive=True)
 def test_embedded_tokenizer_is_built_fast(embedded_files: ModelFiles) -> None:
     load_tokenizer(embedded_files)
     best_s = min(_seconds(lambda: load_tokenizer(embedded_files)) for _ in range(3))

@@ -24,6 +24,8 @@ from transformers import AutoTokenizer
 from lockstep.core.errors import ModelFileError
 from lockstep.tokenizer.loading import load_tokenizer
 
+pytestmark = pytest.mark.suite("cpu")
+
 SPECIAL = ["<unk>", "<s>", "</s>"]
 MESSAGES = [{"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -30,41 +30,37 @@ class PageTables:
     def __init__(self, num_sequences: int, num_pages: int, page_size: int, device: torch.device) -> None:
         self.num_sequences = num_sequences
         self.page_size = page_size
-        self._width = _aligned(max(1, num_pages))
-        counts = _aligned(num_sequences)
-        self._sections = (counts, counts + _aligned(num_sequences + 1))
-        self._block = torch.zeros(
-            self._sections[1] + num_sequences * self._width, dtype=torch.int32, device=device
-        )
-        first_row, table = self._sections
-        self.num_keys_B = self._block[:num_sequences]
-        self.cu_rows_B1 = self._block[first_row : first_row + num_sequences + 1]
-        self.page_table_BP = self._block[table:].view(num_sequences, self._width)
+        self._first_row = _aligned(num_sequences)
+        self._counts = torch.zeros(self._first_row + num_sequences + 1, dtype=torch.int32, device=device)
+        self.num_keys_B = self._counts[:num_sequences]
+        self.cu_rows_B1 = self._counts[self._first_row :]
+        shape = (num_sequences, _aligned(max(1, num_pages)))
+        self.page_table_BP = torch.zeros(shape, dtype=torch.int32, device=device)
 
     def write(self, spans: Sequence[Span]) -> None:
-        """Makes these the first sequences and leaves the others without keys or rows, in one copy to the device.
+        """Makes these the first sequences and leaves the others without keys or rows, in stream order.
 
-        Raises KernelError when there are more sequences or pages than fit.
+        Entries that nobody follows keep what they held. Raises KernelError when there are more sequences or pages
+        than fit.
         """
         if len(spans) > self.num_sequences:
             raise KernelError(f"{len(spans)} sequences do not fit page tables for {self.num_sequences}")
-        block = np.zeros(self._block.shape[0], dtype=np.int32)
-        first_row, first_table = self._sections
-        table_BP = block[first_table:].reshape(self.num_sequences, self._width)
+        num_pages = [-(-span.num_kv_tokens // self.page_size) for span in spans]
+        width, most = self.page_table_BP.shape[1], max(num_pages, default=0)
+        if most > width:
+            raise KernelError(f"a sequence of {most} pages does not fit page tables of {width}")
+        counts = np.zeros(self._counts.shape[0], dtype=np.int32)
+        table_BP = np.zeros((len(spans), _aligned(most)), dtype=np.int32)
         row = 0
         for index, span in enumerate(spans):
-            num_pages = -(-span.num_kv_tokens // self.page_size)
-            if num_pages > self._width:
-                raise KernelError(f"a sequence of {num_pages} pages does not fit page tables of {self._width}")
             row += span.num_tokens
-            block[index] = span.num_kv_tokens
-            block[first_row + index + 1] = row
-            table_BP[index, :num_pages] = span.page_ids[:num_pages]
-        block[first_row + len(spans) + 1 : first_row + self.num_sequences + 1] = row
-        packed = torch.from_numpy(block)
-        if packed.device != self._block.device:
-            packed = packed.pin_memory()
-        self._block.copy_(packed, non_blocking=True)
+            counts[index] = span.num_kv_tokens
+            counts[self._first_row + index + 1] = row
+            table_BP[index, : num_pages[index]] = span.page_ids[: num_pages[index]]
+        counts[self._first_row + len(spans) + 1 :] = row
+        _copy(counts, self._counts)
+        # A table for a whole context is far wider than most sequences need.
+        _copy(table_BP, self.page_table_BP[: len(spans), : table_BP.shape[1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +135,9 @@ def _tables_of(spans: Sequence[Span], page_size: int, device: torch.device) -> P
 
 def _aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
+
+
+def _copy(source: np.ndarray, target: torch.Tensor) -> None:
+    """Without waiting for the device, which may still be busy with what `target` held before."""
+    packed = torch.from_numpy(source)
+    target.copy_(packed if packed.device == target.device else packed.pin_memory(), non_blocking=True)

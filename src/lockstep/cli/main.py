@@ -22,8 +22,11 @@ COMMANDS = {
     "chat": "Talk with the model.",
     "serve": "Serve the model over HTTP (OpenAI-compatible), with a page at /.",
     "bench": "Measure throughput, latency, serving and startup.",
+    "eval": "Measure accuracy, with an interval; gate on it.",
+    "baseline": "Record this machine's speed; check later speeds against it.",
     "ops": "List operators and kernels; say which kernel serves what, and why.",
     "explain": "Say who decided each option, and where memory goes.",
+    "suites": "List, plan and run suites of tests; say what a change touches.",
     "platform": "Start a package for a device that Lockstep does not know.",
 }
 """Command -> its line in the help. Each is `command` in the module of its name, imported when it is called."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lockstep.cli.machine import native_kernels
 from lockstep.cli.opening import loading_bar
 from lockstep.cli.options import SectionedCommand, engine_options, section
 from lockstep.cli.table import print_json, print_table
@@ -53,6 +54,7 @@ def list_ops(as_json: bool) -> None:
         for number, kernel in enumerate(offered):
             rows.append((*((name, summary) if number == 0 else ("", "")), *kernel_cells(kernel)))
     print_table(("operator", "computes", "kernel", "platforms", "needs", "verified on"), rows)
+    click.echo(native_kernels())
 
 
 @command.command("explain", cls=SectionedCommand, short_help="Which kernel serves each call of MODEL, and why.")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lockstep.cli.answer import Answer, note
+from lockstep.cli.machine import native_kernels
 from lockstep.cli.opening import open_llm
 from lockstep.cli.options import SectionedCommand, engine_options, section
 from lockstep.cli.sampling import sampling_options
@@ -47,6 +48,7 @@ def command(
     if raw and system is not None:
         raise click.UsageError("--system has no place in a --raw prompt: write it into PROMPT")
     text = sys.stdin.read() if prompt == "-" else prompt
+    kernels = native_kernels()
     clock = SystemClock()
     begin_s = clock.now_s()
     with open_llm(options) as llm:
@@ -60,7 +62,7 @@ def command(
         click.echo(json.dumps(answer.report(load_s), ensure_ascii=False))
     else:
         click.echo()
-        note(answer.closing_line(load_s))
+        note(f"{answer.closing_line(load_s)} · {kernels}")
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, Any]]:

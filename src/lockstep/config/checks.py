@@ -7,14 +7,21 @@ from lockstep.config.rules import Situation
 from lockstep.core.errors import ConfigError
 
 
-def _known_axes(at: Situation) -> None:
-    if at.decided["ep"] != 1:
+def _ep_shares_out_experts(at: Situation) -> None:
+    ep, num_experts = at.decided["ep"], at.model.num_experts
+    if ep > 1 and not num_experts:
         raise ConfigError(
-            f"--ep {at.decided['ep']}: only mixture-of-experts models use it, and none is supported yet"
+            f"--ep {ep}: only mixture-of-experts models use it, and {at.model.name} has no experts; use --tp"
         )
+    if ep > max(1, num_experts):
+        raise ConfigError(f"--ep {ep} cannot share out the {num_experts} experts of {at.model.name}; lower it")
+
+
+def _attention_is_tensor_parallel(at: Situation) -> None:
     if at.decided["enable_dp_attention"]:
         raise ConfigError(
-            "--enable-dp-attention: only mixture-of-experts models use it, and none is supported yet"
+            "--enable-dp-attention: only mixture-of-experts models use it, and it is not supported yet; "
+            "share attention out with --tp"
         )
 
 
@@ -31,8 +38,7 @@ def _enough_devices(at: Situation) -> None:
     present = at.device.num_devices
     if at.on_accelerator and at.num_ranks > present:
         raise ConfigError(
-            f"--tp {at.decided['tp']} with --dp {at.decided['dp']} needs {at.num_ranks} devices, but "
-            f"{at.device.platform} has {present}; lower them"
+            f"{_ranks(at)} needs {at.num_ranks} devices, but {at.device.platform} has {present}; lower them"
         )
 
 
@@ -66,16 +72,30 @@ def _forced_kernels_are_pairs(at: Situation) -> None:
             raise ConfigError(f"--force-kernel takes OP=KERNEL, such as rms_norm=reference, not {pair!r}")
 
 
+def _graphs_are_there(at: Situation) -> None:
+    if at.decided["graphs"] != "off" and not at.device.has_graphs:
+        raise ConfigError(
+            f"--graphs {at.decided['graphs']}: {at.device.platform} has no device graphs; use --graphs off"
+        )
+
+
 CHECKS = (
     _device_as_asked,
-    _known_axes,
+    _ep_shares_out_experts,
+    _attention_is_tensor_parallel,
     _tp_cuts_heads,
     _enough_devices,
     _context_within_model,
     _pool_holds_a_page,
     _pool_fits,
     _forced_kernels_are_pairs,
+    _graphs_are_there,
 )
+
+
+def _ranks(at: Situation) -> str:
+    sizes = {axis: at.decided[axis] for axis in ("tp", "ep", "dp")}
+    return " with ".join(f"--{axis} {size}" for axis, size in sizes.items() if size > 1)
 
 
 def _either(values: tuple[int, ...]) -> str:

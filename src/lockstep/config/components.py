@@ -38,7 +38,9 @@ class ModelOptions:
     )
     dtype: str = option(AUTO, choices=DTYPES, help="Type of weights and activations.")
     quantization: str = option(
-        AUTO, choices=("none",), help="How weights are held. none: expanded to --dtype while loading."
+        AUTO,
+        choices=("none", "stored", "q4_0", "q8_0", "int8", "bf16"),
+        help="How matrices are held: none is as --dtype, stored as in the file, else rounded so while loading.",
     )
     context_length: int = option(AUTO, low=1, help="Most tokens of one request, prompt and answer together.")
     seed: int = option(
@@ -56,6 +58,16 @@ class ParallelOptions:
     enable_dp_attention: bool = option(
         False, help="Attention in data parallel inside a replica, for mixture-of-experts models."
     )
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The axes that the ranks of one replica lie on, and their sizes; neighbours on the last one are neighbours."""
+        return {"ep": self.ep, "tp": self.tp}
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of one replica."""
+        return self.ep * self.tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +129,9 @@ class KernelOptions:
         False, help="Fail where the platform's first choice of kernel cannot serve an operator."
     )
     graphs: str = option(
-        AUTO, choices=("off",), help="Replay steps as device graphs. off: every step is eager."
+        AUTO,
+        choices=("off", "full"),
+        help="full: steps of one token for each sequence are replayed as device graphs. off: every step is eager.",
     )
 
     @property

@@ -13,9 +13,11 @@ from typing import Any
 from lockstep.config.components import OPTIONS
 
 DEBUG = "LOCKSTEP_DEBUG"
+DISABLE_FEATURES = "LOCKSTEP_DISABLE_FEATURES"
 
 SWITCHES: dict[str, str] = {
     DEBUG: "1: the command line shows the traceback of an error instead of one line.",
+    DISABLE_FEATURES: "Processor features that native kernels must do without, e.g. `avx512_bf16,avx2`.",
 }
 
 
@@ -40,3 +42,10 @@ def debugging(environ: Mapping[str, str] | None = None) -> bool:
     """True when the user asked for tracebacks."""
     environ = os.environ if environ is None else environ
     return environ.get(DEBUG, "") not in ("", "0")
+
+
+def disabled_features(environ: Mapping[str, str] | None = None) -> frozenset[str]:
+    """Processor features that the user forbids: names between commas, as written; `lockstep.native` knows them."""
+    environ = os.environ if environ is None else environ
+    names = environ.get(DISABLE_FEATURES, "").split(",")
+    return frozenset(name.strip() for name in names) - {""}

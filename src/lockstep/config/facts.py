@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTISED_BYTES = {"q4_0": 18 / 32, "q8_0": 34 / 32, "int8": 34 / 32, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +13,7 @@ class ModelFacts:
     """Shape and size of one model.
 
     `weight_bytes` is the size as stored. `stored_dtype` is the storage type of most weights, in torch's word
-    ("bfloat16") or, for block formats, the format's ("q4_1").
+    ("bfloat16") or, for block formats, the format's ("q4_1"). Without a mixture of experts there are 0 of them.
     """
 
     name: str
@@ -27,10 +28,16 @@ class ModelFacts:
     num_parameters: int
     weight_bytes: int
     stored_dtype: str
+    num_experts: int = 0
+    num_expert_parameters: int = 0
 
-    def held_weight_bytes(self, dtype: str) -> int:
-        """Bytes of all weights once expanded to `dtype`."""
-        return self.num_parameters * DTYPE_BYTES[dtype]
+    def held_weight_bytes(self, dtype: str, quantization: str = "none", *, copies: int = 1) -> int:
+        """Bytes of all weights in the form that they are held in, with so many copies of all but the experts."""
+        held = self.weight_bytes
+        if quantization != "stored":
+            held = int(self.num_parameters * _QUANTISED_BYTES.get(quantization, DTYPE_BYTES[dtype]))
+        experts = held * self.num_expert_parameters // self.num_parameters
+        return experts + (held - experts) * copies
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
         """Bytes of keys and values that the fullest rank of `tp` keeps for one token, all layers together.

@@ -32,15 +32,17 @@ class MemoryPlan:
     ) -> MemoryPlan:
         """`available_bytes` is the free memory of one device, 0 when unknown.
 
-        Needs the decided dtype, kv_cache_dtype, tp, dp and mem_fraction_static.
+        Needs the decided dtype, quantization, kv_cache_dtype, tp, ep, dp and mem_fraction_static. Ranks that share
+        experts out (ep) hold copies of everything else.
         """
-        tp, fraction = decided["tp"], decided["mem_fraction_static"]
-        replicas_on_device, ranks_on_device = (decided["dp"], tp) if ranks_share_memory else (1, 1)
+        tp, ep, fraction = decided["tp"], decided["ep"], decided["mem_fraction_static"]
+        replicas_on_device, ranks_on_device = (decided["dp"], tp * ep) if ranks_share_memory else (1, 1)
+        held = model.held_weight_bytes(decided["dtype"], decided["quantization"], copies=ep)
         allowed = int(available_bytes * fraction) // replicas_on_device
         return cls(
             allowed_bytes=allowed if available_bytes else None,
             fraction=fraction,
-            weight_bytes=model.held_weight_bytes(decided["dtype"]) * ranks_on_device // tp,
+            weight_bytes=held * ranks_on_device // (tp * ep),
             token_bytes=model.kv_bytes_per_token(decided["kv_cache_dtype"], tp) * ranks_on_device,
         )
 

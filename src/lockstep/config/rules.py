@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.config.facts import ModelFacts
+from lockstep.config.facts import DTYPE_BYTES, ModelFacts
 from lockstep.config.given import Source
 from lockstep.config.memory import SMALLEST_POOL_TOKENS, MemoryPlan
 from lockstep.core.capabilities import Capabilities
@@ -38,7 +38,7 @@ class Situation:
 
     @property
     def num_ranks(self) -> int:
-        return int(self.decided["tp"] * self.decided["dp"])
+        return int(self.decided["tp"] * self.decided["ep"] * self.decided["dp"])
 
     def memory_plan(self) -> MemoryPlan:
         """What weights leave for the KV pool, once everything that it depends on is decided."""
@@ -78,7 +78,10 @@ def _dtype(at: Situation) -> Choice:
 
 
 def _quantization(at: Situation) -> Choice:
-    """`none`."""
+    """`stored` where the device has kernels that read the file's integers, else `none`."""
+    is_plain = at.model.stored_dtype in DTYPE_BYTES
+    if at.device.has("native") and not is_plain and at.decided["dtype"] != "float32":
+        return Choice("stored", "device", f"native kernels read {at.model.stored_dtype} as it is")
     return Choice("none", "derived", f"weights are expanded to {at.decided['dtype']} while loading")
 
 
@@ -102,16 +105,18 @@ def _threads(at: Situation) -> Choice:
 
 
 def _kv_cache_dtype(at: Situation) -> Choice:
-    """The type of the model; on a host processor without fast bfloat16 attention float32."""
+    """The type of the model; on a host processor without native kernels float32."""
     # Stock attention over bfloat16 keys with one query per sequence takes about four times as long as over
     # float32 on processors that lack the instructions.
-    if at.on_accelerator or at.device.has("fast_bf16_attention"):
+    if at.on_accelerator or at.device.has("native"):
         return Choice(at.decided["dtype"], "derived", "as --dtype")
     return Choice("float32", "device", "attention over float32 is fastest on this processor")
 
 
 def _page_size(at: Situation) -> Choice:
-    """32 on a host processor, where whole pages are copied together to attend; 16 on an accelerator."""
+    """16; 32 on a host processor without native kernels, where whole pages are copied together to attend."""
+    if at.device.has("native"):
+        return Choice(16, "device", "native kernels read pages of any size; short prefixes are shared")
     return at.by_device(host=32, accelerator=16, unit="; short prefixes are shared, reads stay long")
 
 
@@ -149,8 +154,12 @@ def _attention_backend(at: Situation) -> Choice:
 
 
 def _graphs(at: Situation) -> Choice:
-    """`off`."""
-    return Choice("off", "derived", "every step is eager")
+    """`full` for one rank on a device that has graphs, else `off`."""
+    if not at.device.has_graphs:
+        return Choice("off", "device", "this device has no graphs")
+    if at.decided["tp"] * at.decided["ep"] > 1:
+        return Choice("off", "derived", "sums over ranks were not tried in graphs yet")
+    return Choice("full", "device", "decoding is launched as a whole")
 
 
 def _whole_pages(num_tokens: int, at: Situation) -> int:

@@ -20,6 +20,9 @@ from lockstep.parallel.processes import connect
 from lockstep.platforms.registry import load_platform
 from lockstep.tokenizer.tokenizer import Tokenizer
 
+DYING_S = 2.0
+"""Time that a worker whose connection broke gets to end and to say why."""
+
 
 @dataclass
 class AssembledRank:
@@ -44,7 +47,7 @@ class Engine:
         self._ranks: Ranks | None = None
         try:
             store = self._start_workers(config)
-            self.rank = _build(self.opened, self.tokenizer, 0, store, progress, probe)
+            self.rank = self._build_first(store, progress, probe)
             if self._ranks is not None:
                 self._ranks.wait_ready()
         except BaseException:
@@ -72,8 +75,16 @@ class Engine:
             self._run_dir.cleanup()
             self._run_dir = None
 
+    def _build_first(self, store: Path | None, progress: Progress | None, probe: Probe | None) -> BuiltRank:
+        try:
+            return _build(self.opened, self.tokenizer, 0, store, progress, probe)
+        except RuntimeError:
+            # Collectives report a peer that is gone by a broken connection; the worker's own words say why.
+            self.check(DYING_S)
+            raise
+
     def _start_workers(self, config: EngineConfig) -> Path | None:
-        if config.parallel.tp == 1:
+        if config.parallel.num_ranks == 1:
             return None
         self._run_dir = new_run_dir()
         self._ranks = Ranks(config, Path(self._run_dir.name))
@@ -98,9 +109,8 @@ def _build(
     probe: Probe | None,
 ) -> BuiltRank:
     mesh = connect(
-        "tp",
+        opened.config.parallel.mesh_sizes,
         rank=rank,
-        size=opened.config.parallel.tp,
         store=store or Path(),
         backend=opened.capabilities.collective_backend,
         device=opened.platform.device(rank),

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from lockstep.engine.build import bind_attention, bind_sampling, kernel_selector
+from lockstep.engine.loading import bind_attention, bind_sampling, bind_whole, new_build
 from lockstep.engine.opening import open_for_running
-from lockstep.layers.build import Build
 from lockstep.models.loading.sources import ShapeWeights
+from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_class
 from lockstep.ops.selection import Binding
 from lockstep.parallel.mesh import Mesh
@@ -25,18 +25,15 @@ def explain_bindings(options: Mapping[str, Any]) -> tuple[Binding, ...]:
     """
     opened = open_for_running(options)
     config = opened.config
-    build = Build(
-        mesh=Mesh.shapes_only("tp", rank=0, size=config.parallel.tp) if config.parallel.tp > 1 else Mesh.solo(),
-        device=load_platform("null").device(),
-        dtype=getattr(torch, config.model.dtype),
-        kv_dtype=getattr(torch, config.cache.kv_cache_dtype),
-        weights=ShapeWeights(),
-        kernels=kernel_selector(config, opened.platform),
-        context_length=config.model.context_length,
-        page_size=config.cache.page_size,
-    )
+    settings = opened.files.config
+    mesh = Mesh.shapes_only(config.parallel.mesh_sizes, rank=0)
+    weights = ShapeWeights(FileWeights(opened.files))
+    build = new_build(config, load_platform("null").device(), mesh, weights, opened.platform)
+    whole = bind_whole(build, opened.facts, settings)
     with torch.inference_mode():
-        model_class(opened.files.config).make(build, opened.files.config)
+        model_class(settings).make(build, settings)
     bind_sampling(build, opened.facts.vocab_size)
+    if whole is not None:
+        return tuple(build.kernels.bindings)
     _, attends = bind_attention(config, opened.platform, build)
     return (*build.kernels.bindings, *attends)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.config import Decision, EngineConfig, ModelFacts, Resolution, gather, resolve, wanted
+from lockstep.config.environment import disabled_features
 from lockstep.config.option import AUTO
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.output import ModelCard
 from lockstep.engine.model_files import open_files
 from lockstep.formats import ModelFiles
+from lockstep.native import usable_instruction_sets
 from lockstep.platforms.base import Platform
 from lockstep.platforms.registry import pick_platform
 
@@ -54,10 +56,20 @@ def open_for_running(options: Mapping[str, Any]) -> OpenedModel:
     files = open_files(wanted(given, "model"), wanted(given, "revision"))
     device = wanted(given, "device")
     platform = pick_platform(AUTO if device is None else device)
-    capabilities = platform.capabilities()
+    capabilities = with_native_kernels(platform)
     facts = model_facts(files)
     resolution = resolve(given, facts, capabilities, available_bytes=platform.memory().available_bytes)
     return OpenedModel(files, platform, capabilities, facts, resolution.config, resolution.decisions)
+
+
+def with_native_kernels(platform: Platform) -> Capabilities:
+    """What the device can do; where it runs the extension, feature "native", and bfloat16 without doubt."""
+    capabilities = platform.capabilities()
+    usable = usable_instruction_sets(disabled_features()) if platform.runs_native_kernels else ()
+    if usable[:1] in ((), ("scalar",)):
+        return capabilities
+    fast = ("bfloat16", *(dtype for dtype in capabilities.fast_dtypes if dtype != "bfloat16"))
+    return replace(capabilities, fast_dtypes=fast, features=capabilities.features | {"native"})
 
 
 def model_facts(files: ModelFiles) -> ModelFacts:
@@ -65,13 +77,14 @@ def model_facts(files: ModelFiles) -> ModelFacts:
     config = files.config
     heads = config["num_attention_heads"]
     bytes_by_type: Counter[str] = Counter()
-    num_parameters = 0
-    for info in files.tensors.values():
+    num_parameters = num_expert_parameters = 0
+    for name, info in files.tensors.items():
         bytes_by_type[info.storage_type] += info.nbytes
         count = 1
         for size in info.shape:
             count *= size
         num_parameters += count
+        num_expert_parameters += count if ".experts." in name else 0
     most = bytes_by_type.most_common(1)[0][0] if bytes_by_type else "F32"
     words = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     return ModelFacts(
@@ -87,6 +100,8 @@ def model_facts(files: ModelFiles) -> ModelFacts:
         num_parameters=num_parameters,
         weight_bytes=sum(bytes_by_type.values()),
         stored_dtype=words.get(most, most.lower()),
+        num_experts=config.get("num_experts", config.get("num_local_experts")) or 0,
+        num_expert_parameters=num_expert_parameters,
     )
 
 
@@ -98,4 +113,4 @@ def resolve_options(options: Mapping[str, Any]) -> Resolution:
 
 def reopen(files: ModelFiles, platform: Platform, config: EngineConfig) -> OpenedModel:
     """The same model on a further rank, under a configuration that the first rank resolved."""
-    return OpenedModel(files, platform, platform.capabilities(), model_facts(files), config, ())
+    return OpenedModel(files, platform, with_native_kernels(platform), model_facts(files), config, ())

@@ -38,7 +38,7 @@ class Ranks:
         self._events: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         events_address = f"ipc://{run_dir}/ranks-events"
         self._events.bind(events_address)
-        for rank in range(1, config.parallel.tp):
+        for rank in range(1, config.parallel.num_ranks):
             socket: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
             socket.sndtimeo = int(SEND_TIMEOUT_S * 1000)
             address = f"ipc://{run_dir}/rank-{rank}"

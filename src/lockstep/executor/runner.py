@@ -15,6 +15,7 @@ from lockstep.attention.backend import AttentionBackend
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.probe import Probe
 from lockstep.core.step import SequenceResult, StepPlan, StepResult, TokenLogprob, TokenSlice
+from lockstep.executor.graphs import DecodeGraphs
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import StepInputs, build_inputs
 from lockstep.executor.logprobs import prompt_logprobs, token_logprobs
@@ -51,6 +52,7 @@ class ModelRunner:
         hooks: Sequence[SamplerHook] = (),
         probe: Probe | None = None,
         governor: ThreadGovernor | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -60,6 +62,7 @@ class ModelRunner:
         self._hooks = tuple(hooks)
         self._probe = probe
         self._governor = governor
+        self._graphs = graphs
         self._sampler = Sampler(eos_token_ids, hooks, sample)
         self._sequences = SequenceTable()
 
@@ -75,11 +78,17 @@ class ModelRunner:
             return self._compute(plan)
 
     def _compute(self, plan: StepPlan) -> StepResult:
-        inputs = build_inputs(plan, self._sequences, self._pool.page_size, self._device)
+        num_graph_rows = self._graphs.num_rows_for(plan) if self._graphs is not None else None
+        inputs = build_inputs(
+            plan, self._sequences, self._pool.page_size, self._device, num_rows=num_graph_rows
+        )
         if self._probe is not None:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
             self._probe.begin_step(plan.step_id, tuple(rows))
-        hidden_TD = self._model.forward(self._context(inputs), inputs.token_ids_T)
+        if self._graphs is not None and num_graph_rows is not None:
+            hidden_TD = self._graphs.compute(inputs)
+        else:
+            hidden_TD = self._model.forward(self._context(inputs), inputs.token_ids_T)
         return self._answer(plan, inputs, hidden_TD)
 
     def _follow(self, plan: StepPlan) -> None:

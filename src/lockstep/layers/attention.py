@@ -13,6 +13,7 @@ from lockstep.kv.pool.pool import KVShape
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLinear, share
 from lockstep.layers.norm import RMSNorm
+from lockstep.ops.decoder_forward.outline import AttentionOutline
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_sharded
 
@@ -51,7 +52,7 @@ class Attention:
         self, build: Build, where: str, heads: tuple[int, int], head_dim: int, spec: AttentionSpec
     ) -> None:
         num_heads, num_kv_heads = heads
-        self._spec = spec
+        self.spec = spec
         self._layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec)
         self._store = build.bind(
             "kv_store", where, pool_dtype=build.kv_dtype, page_size=build.page_size
@@ -63,7 +64,7 @@ class Attention:
     ) -> torch.Tensor:
         kv = ctx.kv.layers[self._layer]
         self._store(k_TKH, v_TKH, kv.k_NPSH, kv.v_NPSH, ctx.slots_T)
-        out_TNH = ctx.attention.run(ctx.plan, q_TNH, kv, self._spec)
+        out_TNH = ctx.attention.run(ctx.plan, q_TNH, kv, self.spec)
         if self._point is not None:
             self._point(out_TNH)
         return out_TNH
@@ -128,6 +129,21 @@ class SelfAttention:
             interleaved=False,
         ).function
         self._attention = Attention(build, where, (self._num_heads, self._num_kv_heads), head_dim, spec)
+
+    def outline(self, rope: int) -> AttentionOutline:
+        """What it computes with rotation number `rope`, for a kernel of a whole decoder."""
+        spec = self._attention.spec
+        q_norm, k_norm = (None, None) if self._norms is None else (norm.outline() for norm in self._norms)
+        return AttentionOutline(
+            self._qkv.product.outline(),
+            self._out.product.outline(),
+            rope,
+            spec.scale,
+            spec.window,
+            spec.soft_cap,
+            q_norm,
+            k_norm,
+        )
 
     def __call__(
         self, ctx: ForwardContext, hidden_TD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]

@@ -12,17 +12,19 @@ from lockstep.attention.backend import AttentionBackend, AttentionSpec
 from lockstep.core.probe import Probe, ProbePoint
 from lockstep.kv.pool.pool import KVPool, KVShape
 from lockstep.ops.contract import Signature
+from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.ops.selection import Binding, KernelSelector
 from lockstep.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A rank's part of a weight along one dim."""
+    """A rank's part of a weight along one dim; with `member`, of one matrix of a stack, whose dims then count."""
 
     dim: int
     start: int
     length: int
+    member: int | None = None
 
 
 class Weights(Protocol):
@@ -35,12 +37,20 @@ class Weights(Protocol):
         """
         ...
 
+    def load_grouped(self, name: str, shape: tuple[int, ...], part: Slice | None) -> GroupedWeight | None:
+        """The same as integers with scales, where it is stored so and the part is whole blocks; else None."""
+        ...
+
 
 @dataclass
 class Build:
     """Everything a layer needs to make itself: its ranks, its device, its weights, its kernels.
 
     Layers call `weight`, `bind`, `point` and `add_attention`; whoever owns the build reads the figures afterwards.
+    `keep_grouped`: matrices of integers with scales stay so, for kernels that read them, and `quantise` makes plain
+    ones such. `norm_dtype`: of norms' weights
+    where it is not the model's dtype. `shared` holds what two layers have in common, such as tied embeddings,
+    `left_to_others` the names of weights that only other ranks hold.
     """
 
     mesh: Mesh
@@ -51,11 +61,16 @@ class Build:
     kernels: KernelSelector
     context_length: int
     page_size: int = 16
+    keep_grouped: bool = False
+    quantise: Callable[[torch.Tensor], GroupedWeight] | None = None
+    norm_dtype: torch.dtype | None = None
     probe: Probe | None = None
     on_weight: Callable[[str, int], None] | None = None
     kv_layers: list[KVShape] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     attention_signature: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+    left_to_others: set[str] = field(default_factory=set)
     weight_bytes: int = 0
 
     def weight(
@@ -70,6 +85,25 @@ class Build:
             self.on_weight(name, tensor.nbytes)
         self.weight_bytes += tensor.nbytes
         return tensor.to(self.device)
+
+    def grouped_weight(
+        self, name: str, shape: tuple[int, ...], part: Slice | None = None
+    ) -> GroupedWeight | None:
+        """This rank's part of a matrix in the integers that its file holds; None when it is to be used as values.
+
+        Raises ModelFileError when the file lacks it or has another shape.
+        """
+        if not self.keep_grouped:
+            return None
+        weight = self.weights.load_grouped(name, shape, part)
+        width = part.length if part is not None and part.dim == len(shape) - 1 else shape[-1]
+        if weight is None and self.quantise is not None and width % 32 == 0:
+            weight = self.quantise(self.weights.load(name, shape, torch.float32, part))
+        if weight is not None:
+            if self.on_weight is not None:
+                self.on_weight(name, weight.num_bytes)
+            self.weight_bytes += weight.num_bytes
+        return weight
 
     def bind(self, op: str, where: str, **signature: Any) -> Binding:
         """The kernel for one call site."""

@@ -5,26 +5,71 @@ Shapes: T tokens, R rows, D model, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lockstep.layers.build import Build, Slice
-from lockstep.layers.linear import TP, Product
+from lockstep.layers.linear import TP, Matrix, Piece, load_matrix
+from lockstep.ops.decoder_forward.outline import ProductOutline
+from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_whole, gather
 
 
-def _vocab_rows(
-    build: Build, name: str, vocab_size: int, width: int, axis: Axis
-) -> tuple[torch.Tensor, int, int]:
-    """This rank's rows, padded to ceil(V / ranks) rows of zeros; with the first row's id and the padded count."""
-    group = build.mesh.group(axis)
-    share = -(-vocab_size // group.size)
-    start = min(group.rank * share, vocab_size)
-    length = min(share, vocab_size - start)
-    rows_VD = build.weight(name, (vocab_size, width), Slice(0, start, length))
-    if length < share:
-        rows_VD = torch.cat((rows_VD, rows_VD.new_zeros(share - length, width)))
-    return rows_VD, start, share
+class VocabTable:
+    """This rank's rows of a vocabulary matrix, padded to ceil(V / ranks) rows of zeros.
+
+    An embedding and a head that are tied share one: with kernels that look rows up in the form that products read,
+    it is held once.
+    """
+
+    def __init__(self, build: Build, name: str, vocab_size: int, width: int, axis: Axis) -> None:
+        group = build.mesh.group(axis)
+        self.count = -(-vocab_size // group.size)
+        self.start = min(group.rank * self.count, vocab_size)
+        length = min(self.count, vocab_size - self.start)
+        part = Slice(0, self.start, length)
+        self._matrix: Matrix | None
+        if length < self.count:
+            rows = build.weight(f"{name}.weight", (vocab_size, width), part)
+            self._matrix = torch.cat((rows, rows.new_zeros(self.count - length, width)))
+        else:
+            self._matrix = load_matrix(build, f"{name}.weight", (vocab_size, width), part)
+        self._build, self._name, self._dtype = build, name, build.dtype
+        self._piece: Piece | None = None
+
+    @classmethod
+    def shared(cls, build: Build, name: str, vocab_size: int, width: int, axis: Axis) -> VocabTable:
+        """The table of this name, made once for a build."""
+        table = build.shared.get((name, axis))
+        if table is None:
+            table = build.shared[(name, axis)] = cls(build, name, vocab_size, width, axis)
+        assert isinstance(table, VocabTable)
+        return table
+
+    def as_product(self) -> Piece:
+        """The rows as a product's weight, bound at the first call."""
+        if self._piece is None:
+            assert self._matrix is not None
+            self._piece = Piece.bound(self._build, f"{self._name} (head)", self._matrix, None)
+            if self._piece.take_rows is not None:
+                self._matrix = None
+        return self._piece
+
+    @property
+    def weight(self) -> Any:
+        """The rows as a kernel of a whole decoder takes them."""
+        return self._matrix if self._piece is None else self._piece.weight
+
+    def __getitem__(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Rows [T, D] in the model's dtype, by their numbers on this rank."""
+        if self._piece is not None and self._piece.take_rows is not None:
+            return self._piece.take_rows(self._piece.weight, ids_T).to(self._dtype)
+        if isinstance(self._matrix, GroupedWeight):
+            self._matrix = self._matrix.dequantise(self._dtype)
+        assert self._matrix is not None
+        return torch.nn.functional.embedding(ids_T, self._matrix)
 
 
 class VocabEmbedding:
@@ -46,22 +91,19 @@ class VocabEmbedding:
         self.where = name
         self._axis = axis
         self._num_ranks = build.mesh.size(axis)
-        self._rows_VD, self._start, self._count = _vocab_rows(build, f"{name}.weight", vocab_size, width, axis)
-        self._scale = None if scale is None else torch.tensor(scale, dtype=build.dtype).item()
+        self.table = VocabTable.shared(build, name, vocab_size, width, axis)
+        self.scale = None if scale is None else torch.tensor(scale, dtype=build.dtype).item()
         self._point = build.point(name, ("token", "hidden"), f"partial:{axis}")
 
     def __call__(self, token_ids_T: torch.Tensor) -> Partial:
         if self._num_ranks == 1:
-            out_TD = torch.nn.functional.embedding(token_ids_T, self._rows_VD)
+            out_TD = self.table[token_ids_T]
         else:
-            local_T = token_ids_T - self._start
-            mine_T = (local_T >= 0) & (local_T < self._count)
-            found_TD = torch.nn.functional.embedding(
-                local_T.where(mine_T, local_T.new_zeros(())), self._rows_VD
-            )
-            out_TD = found_TD * mine_T.unsqueeze(-1)
-        if self._scale is not None:
-            out_TD = out_TD * self._scale
+            local_T = token_ids_T - self.table.start
+            mine_T = (local_T >= 0) & (local_T < self.table.count)
+            out_TD = self.table[local_T.where(mine_T, local_T.new_zeros(()))] * mine_T.unsqueeze(-1)
+        if self.scale is not None:
+            out_TD = out_TD * self.scale
         if self._point is not None:
             self._point(out_TD)
         return Partial(out_TD, self._axis, self.where)
@@ -77,16 +119,22 @@ class LMHead:
         self.vocab_size = vocab_size
         self._axis = axis
         self._mesh = build.mesh
-        rows_VD, _, _ = _vocab_rows(build, f"{name}.weight", vocab_size, width, axis)
-        self._product = Product(build, f"{name} (head)", rows_VD, None)
-        self._soft_cap = soft_cap
+        self._piece = VocabTable.shared(build, name, vocab_size, width, axis).as_product()
+        self.soft_cap = soft_cap
         self._point = build.point(f"{name} (head)", ("row", "vocab"))
 
     def __call__(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        local = Sharded(self._product(expect_whole(hidden_RD, self.where)), self._axis, -1, self.where)
+        local = Sharded(self._score(expect_whole(hidden_RD, self.where)), self._axis, -1, self.where)
         logits_RV = gather(local, self._mesh, size=self.vocab_size).float()
-        if self._soft_cap:
-            logits_RV = self._soft_cap * torch.tanh(logits_RV / self._soft_cap)
+        if self.soft_cap:
+            logits_RV = self.soft_cap * torch.tanh(logits_RV / self.soft_cap)
         if self._point is not None:
             self._point(logits_RV)
         return logits_RV
+
+    def _score(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return self._piece.function(hidden_RD, self._piece.weight, None)
+
+    def outline(self) -> ProductOutline:
+        """What it computes before the soft cap, for a kernel of a whole decoder."""
+        return ProductOutline((self._piece.weight,))

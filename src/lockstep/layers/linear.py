@@ -5,37 +5,101 @@ Shapes: T rows, I inputs, O outputs (of this rank, unless said otherwise).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from lockstep.core.errors import ConfigError
 from lockstep.layers.build import Build, Slice
+from lockstep.ops.decoder_forward.outline import ProductOutline
+from lockstep.ops.grouped_weight import GroupedWeight
+from lockstep.ops.linear.reference import linear
+from lockstep.ops.quant_linear.reference import quant_linear
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_sharded, expect_whole
 
 TP = "tp"
 
 
-class Product:
-    """x @ weight^T + bias with the kernel bound for it; knows nothing of ranks."""
+Matrix = torch.Tensor | GroupedWeight
+"""A constant weight [O, I]: plain values, or the integers with scales that a file holds."""
 
-    def __init__(self, build: Build, where: str, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
-        outputs, inputs = weight_OI.shape
-        kernel = build.bind("linear", where, inputs=inputs, outputs=outputs, bias=bias_O is not None).kernel
-        self._function = kernel.function
-        # On the meta device there are no bytes to prepare, only shapes to check.
-        prepares = kernel.prepare is not None and not weight_OI.is_meta
-        self._weight: Any = kernel.prepare(weight_OI) if prepares and kernel.prepare else weight_OI
-        if weight_OI.is_meta:
-            self._function = torch.nn.functional.linear
-        self._bias_O = bias_O
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some neighbouring outputs of a product: a kernel, and the weight in the form that it reads."""
+
+    function: Callable[..., torch.Tensor]
+    weight: Any
+    bias_O: torch.Tensor | None
+    take_rows: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def bound(cls, build: Build, where: str, matrix: Matrix, bias_O: torch.Tensor | None) -> Piece:
+        outputs, inputs = matrix.shape[0], matrix.shape[-1]
+        sizes = {"inputs": inputs, "outputs": outputs, "bias": bias_O is not None}
+        if isinstance(matrix, GroupedWeight):
+            sizes |= {"bits": matrix.bits, "group_inputs": matrix.group_inputs}
+            kernel = build.bind("quant_linear", where, **sizes).kernel
+        else:
+            kernel = build.bind("linear", where, **sizes).kernel
+        if matrix.is_meta:
+            # There are no bytes to prepare, only shapes to check.
+            return cls(quant_linear if isinstance(matrix, GroupedWeight) else linear, matrix, bias_O)
+        prepared = kernel.prepare(matrix) if kernel.prepare else matrix
+        return cls(kernel.function, prepared, bias_O, kernel.take_rows)
+
+
+class Product:
+    """x @ weight^T + bias with the kernels bound for it; knows nothing of ranks.
+
+    Weights that are given together are packed one after the other; those of one kind become one piece.
+    """
+
+    def __init__(
+        self, build: Build, where: str, weights: Sequence[Matrix], bias_O: torch.Tensor | None
+    ) -> None:
+        self.pieces: list[Piece] = []
+        first = 0
+        for matrix in _merged(weights):
+            outputs = matrix.shape[0]
+            bias = None if bias_O is None else bias_O[first : first + outputs]
+            self.pieces.append(Piece.bound(build, where, matrix, bias))
+            first += outputs
+        self.bias_O = bias_O
 
     def __call__(self, x_TI: torch.Tensor) -> torch.Tensor:
-        out_TO: torch.Tensor = self._function(x_TI, self._weight, self._bias_O)
-        return out_TO
+        parts = [piece.function(x_TI, piece.weight, piece.bias_O) for piece in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def outline(self) -> ProductOutline:
+        """What it computes, for a kernel of a whole decoder."""
+        return ProductOutline(tuple(piece.weight for piece in self.pieces), self.bias_O)
+
+
+def _merged(weights: Sequence[Matrix]) -> Iterator[Matrix]:
+    """Runs of one kind as one matrix."""
+
+    def kind(matrix: Matrix) -> Any:
+        return matrix.kind() if isinstance(matrix, GroupedWeight) else "plain"
+
+    for _, run in groupby(weights, kind):
+        same = list(run)
+        if len(same) == 1:
+            yield same[0]
+        elif isinstance(same[0], GroupedWeight):
+            yield GroupedWeight.concatenated([each for each in same if isinstance(each, GroupedWeight)])
+        else:
+            yield torch.cat([each for each in same if isinstance(each, torch.Tensor)])
+
+
+def load_matrix(build: Build, name: str, shape: tuple[int, int], part: Slice | None = None) -> Matrix:
+    """A stored matrix in the form that this build's kernels read best. Raises ModelFileError as Build.weight does."""
+    grouped = build.grouped_weight(name, shape, part)
+    return build.weight(name, shape, part) if grouped is None else grouped
 
 
 def share(total: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -86,7 +150,9 @@ class ColumnParallelLinear:
         self.where = where
         self._axis = axis
         weights = [
-            build.weight(f"{part.name}.weight", (part.total, num_inputs), Slice(0, part.start, part.length))
+            load_matrix(
+                build, f"{part.name}.weight", (part.total, num_inputs), Slice(0, part.start, part.length)
+            )
             for part in parts
         ]
         biases = [
@@ -94,13 +160,11 @@ class ColumnParallelLinear:
             for part in (parts if bias else ())
         ]
         packed_bias = torch.cat(biases) if biases else None
-        self._product = Product(
-            build, where, weights[0] if len(weights) == 1 else torch.cat(weights), packed_bias
-        )
+        self.product = Product(build, where, weights, packed_bias)
         self._point = build.point(where, ("token", "output"), f"sharded:{axis}:1")
 
     def __call__(self, x_TI: torch.Tensor) -> Sharded:
-        out_TO = self._product(expect_whole(x_TI, self.where))
+        out_TO = self.product(expect_whole(x_TI, self.where))
         if self._point is not None:
             self._point(out_TO)
         return Sharded(out_TO, self._axis, -1, self.where)
@@ -117,16 +181,16 @@ class RowParallelLinear:
     ) -> None:
         self.where = where
         self._axis = axis
-        weight_OI = build.weight(
-            f"{part.name}.weight", (num_outputs, part.total), Slice(1, part.start, part.length)
+        weight_OI = load_matrix(
+            build, f"{part.name}.weight", (num_outputs, part.total), Slice(1, part.start, part.length)
         )
         is_first = build.mesh.rank(axis) == 0
         bias_O = build.weight(f"{part.name}.bias", (num_outputs,)) if bias and is_first else None
-        self._product = Product(build, where, weight_OI, bias_O)
+        self.product = Product(build, where, (weight_OI,), bias_O)
         self._point = build.point(where, ("token", "output"), f"partial:{axis}")
 
     def __call__(self, x: Sharded) -> Partial:
-        out_TO = self._product(expect_sharded(x, self._axis, self.where))
+        out_TO = self.product(expect_sharded(x, self._axis, self.where))
         if self._point is not None:
             self._point(out_TO)
         return Partial(out_TO, self._axis, self.where)

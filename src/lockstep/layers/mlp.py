@@ -12,6 +12,7 @@ import torch
 from lockstep.core.errors import ModelFileError, nearest
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.linear import TP, ColumnParallelLinear, Part, RowParallelLinear
+from lockstep.ops.decoder_forward.outline import MLPOutline
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial
 
@@ -53,6 +54,10 @@ class GatedMLP:
 
     def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
         return self._down(self._gate_up(hidden_TD).map(self._activate))
+
+    def outline(self) -> MLPOutline:
+        """What it computes, for a kernel of a whole decoder."""
+        return MLPOutline(self._gate_up.product.outline(), self._down.product.outline())
 
     def _activate(self, x_T2F: torch.Tensor) -> torch.Tensor:
         out_TF: torch.Tensor = self._function(x_T2F, *self._flags.values())

@@ -30,7 +30,8 @@ class SoftmaxRouter:
     def __init__(
         self, build: Build, where: str, *, hidden_size: int, num_experts: int, top_k: int, renormalise: bool
     ) -> None:
-        self._product = Product(build, where, build.weight(f"{where}.weight", (num_experts, hidden_size)), None)
+        weight = build.weight(f"{where}.weight", (num_experts, hidden_size))
+        self._product = Product(build, where, (weight,), None)
         self._top_k = top_k
         self._renormalise = renormalise
         self._choose = build.bind(
@@ -128,31 +129,39 @@ def _load_experts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gate and up [E, 2F, D] and down [E, D, F] of these experts, in whichever of three ways the file keeps them."""
 
+    start, length, total = inner.start, inner.length, inner.total
+
     def one_by_one(expert: int) -> _Expert:
-        rows, columns = Slice(0, inner.start, inner.length), Slice(1, inner.start, inner.length)
+        rows, columns = Slice(0, start, length), Slice(1, start, length)
         return (
-            build.weight(f"{inner.name}.{expert}.gate_proj.weight", (inner.total, hidden_size), rows),
-            build.weight(f"{inner.name}.{expert}.up_proj.weight", (inner.total, hidden_size), rows),
-            build.weight(f"{inner.name}.{expert}.down_proj.weight", (hidden_size, inner.total), columns),
+            build.weight(f"{inner.name}.{expert}.gate_proj.weight", (total, hidden_size), rows),
+            build.weight(f"{inner.name}.{expert}.up_proj.weight", (total, hidden_size), rows),
+            build.weight(f"{inner.name}.{expert}.down_proj.weight", (hidden_size, total), columns),
         )
-
-    def whole(name: str, expert: int, *shape: int) -> torch.Tensor:
-        return build.weight(f"{inner.name}.{name}", (num_experts, *shape), Slice(0, expert, 1))[0]
-
-    def own(gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor) -> _Expert:
-        part = slice(inner.start, inner.start + inner.length)
-        return gate_FD[part], up_FD[part], down_DF[:, part]
 
     def stacked(expert: int) -> _Expert:
-        gate_FD, up_FD = (
-            whole(f"{name}_proj.weight", expert, inner.total, hidden_size) for name in ("gate", "up")
+        rows, columns = Slice(0, start, length, expert), Slice(1, start, length, expert)
+        return (
+            build.weight(f"{inner.name}.gate_proj.weight", (num_experts, total, hidden_size), rows),
+            build.weight(f"{inner.name}.up_proj.weight", (num_experts, total, hidden_size), rows),
+            build.weight(f"{inner.name}.down_proj.weight", (num_experts, hidden_size, total), columns),
         )
-        return own(gate_FD, up_FD, whole("down_proj.weight", expert, hidden_size, inner.total))
 
     def stacked_and_packed(expert: int) -> _Expert:
-        gate_FD, up_FD = whole("gate_up_proj", expert, 2 * inner.total, hidden_size).chunk(2)
-        return own(gate_FD, up_FD, whole("down_proj", expert, hidden_size, inner.total))
+        name, shape = f"{inner.name}.gate_up_proj", (num_experts, 2 * total, hidden_size)
+        columns = Slice(1, start, length, expert)
+        return (
+            build.weight(name, shape, Slice(0, start, length, expert)),
+            build.weight(name, shape, Slice(0, total + start, length, expert)),
+            build.weight(f"{inner.name}.down_proj", (num_experts, hidden_size, total), columns),
+        )
 
+    build.left_to_others.update(
+        f"{inner.name}.{expert}.{kind}_proj.weight"
+        for expert in range(num_experts)
+        if expert not in experts
+        for kind in ("gate", "up", "down")
+    )
     options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
     gate_up_E2FD = torch.empty(len(experts), 2 * inner.length, hidden_size, **options)
     down_EDF = torch.empty(len(experts), hidden_size, inner.length, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from lockstep.layers.build import Build
+from lockstep.ops.decoder_forward.outline import NormOutline
 from lockstep.parallel.placement import Partial, expect_whole, reduce
 
 
@@ -25,6 +26,10 @@ class RMSNorm:
         self._weight_D = _weight(build, where, width, stored_minus_one)
         self._function = build.bind("rms_norm", where, width=width, weight_dtype=self._weight_D.dtype).function
         self._point = build.point(where, ("token", "hidden"))
+
+    def outline(self) -> NormOutline:
+        """What it computes, for a kernel of a whole decoder."""
+        return NormOutline(self._weight_D, self._eps)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         out_TD: torch.Tensor = self._function(expect_whole(x_TD, self.where), self._weight_D, self._eps)
@@ -52,6 +57,10 @@ class AddRMSNorm:
         ).function
         self._point = build.point(where, ("token", "hidden"))
 
+    def outline(self) -> NormOutline:
+        """What it computes after the sum, for a kernel of a whole decoder."""
+        return NormOutline(self._weight_D, self._eps)
+
     def __call__(
         self, update: Partial | torch.Tensor, residual_TD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,4 +80,4 @@ def _weight(build: Build, where: str, width: int, stored_minus_one: bool) -> tor
     """In the model's dtype, unless one was added: near one, 16 bits keep fewer digits than the file does near zero."""
     if stored_minus_one:
         return build.weight(f"{where}.weight", (width,), dtype=torch.float32) + 1
-    return build.weight(f"{where}.weight", (width,))
+    return build.weight(f"{where}.weight", (width,), dtype=build.norm_dtype)

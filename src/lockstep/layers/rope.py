@@ -112,6 +112,10 @@ class RotaryEmbedding:
         self._cos = (angles.cos() * factor).to(build.device)
         self._sin = (angles.sin() * factor).to(build.device)
 
+    def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every position, for a kernel of a whole decoder."""
+        return self._cos, self._sin
+
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R2], float32, of each row's position."""
         return self._cos.index_select(0, positions_T), self._sin.index_select(0, positions_T)

@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -195,7 +195,15 @@ def _widened(value: Any) -> Any:
 
 
 def _placed(value: Any, device: torch.device) -> Any:
-    """The value on the device with the strides that the case gave it, and NaN in the gaps between its rows."""
+    """The value on the device with the strides that the case gave it, and NaN in the gaps between its rows.
+
+    Records and tuples (a weight in parts, a decoder) are placed field by field.
+    """
+    if isinstance(value, tuple):
+        return tuple(_placed(each, device) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {each.name: _placed(getattr(value, each.name), device) for each in fields(value)}
+        return replace(value, **changed)
     if not isinstance(value, torch.Tensor) or value.device == device:
         return value
     if value.is_contiguous():

@@ -18,7 +18,8 @@ class Argument:
 
     `written`: the operator's results lie in it. `scratch`: it may be overwritten with anything, and nobody reads it
     afterwards. Any other argument stays as it was. `constant`: a weight that is fixed when a model is built; a
-    kernel's `prepare` turns it into the form that the kernel reads.
+    kernel's `prepare` turns it into the form that the kernel reads. `opaque`: neither a tensor nor a number, so that no
+    graph of torch can hold it.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Argument:
     written: bool = False
     scratch: bool = False
     constant: bool = False
+    opaque: bool = False
     note: str = ""
 
 
@@ -111,7 +113,9 @@ class Kernel:
     `provider` is its name among the operator's kernels ("reference", "torch", "onednn", "triton"...).
     `platforms` empty means any. `features` must all be stated by the device. `refuses` looks at the whole
     signature and answers None or the reason why not. `prepare` turns a constant weight into the form the
-    kernel reads, once, when a model is built.
+    kernel reads, once, when a model is built. `asks_host` says that it reads values of tensors on the
+    host: a device graph cannot hold it. `take_rows` gives rows of a prepared weight as float32, by int64 numbers:
+    an embedding that is tied to a head need not be held twice. `opaque`: what `prepare` gives is no tensor.
     """
 
     op: str
@@ -120,8 +124,11 @@ class Kernel:
     platforms: frozenset[str] = frozenset()
     features: frozenset[str] = frozenset()
     refuses: Callable[[Signature], str | None] = _accept
-    prepare: Callable[[torch.Tensor], Any] | None = None
+    prepare: Callable[[Any], Any] | None = None
     verified_on: tuple[str, ...] = ()
+    asks_host: bool = False
+    take_rows: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
+    opaque: bool = False
 
 
 FLOAT32_UNIT = 2.0**-24

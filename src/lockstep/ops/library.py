@@ -27,9 +27,14 @@ Function = Callable[..., Any]
 class TraceableSelector(KernelSelector):
     """Binds the same kernels for the same reasons, each as an operator that a compiler leaves whole."""
 
-    def bind(self, op: str, where: str, signature: Signature) -> Binding:
+    def _refusal(self, kernel: Kernel, signature: Signature) -> str | None:
+        if kernel.opaque:
+            return "its prepared weight is no tensor: a compiled graph cannot hold it"
+        return super()._refusal(kernel, signature)
+
+    def bind(self, op: str, where: str, signature: Signature, *, strict: bool = True) -> Binding:
         """See KernelSelector. Raises KernelError also when the bound kernel cannot be traced."""
-        binding = super().bind(op, where, signature)
+        binding = super().bind(op, where, signature, strict=strict)
         function = traceable(binding.kernel, torch.device(self._capabilities.device_type))
         return replace(binding, kernel=replace(binding.kernel, function=function))
 
@@ -78,6 +83,9 @@ class _Registration:
     def _schema(self, contract: Contract) -> str:
         """Such as "(Tensor update, Tensor(a1!) residual) -> Tensor"."""
         parameters = list(inspect.signature(self._reference).parameters)
+        opaque = [argument.name for argument in contract.arguments if argument.opaque]
+        if opaque:
+            raise KernelError(f"operator {contract.name!r} cannot be traced: {opaque[0]} is no tensor")
         pairs = zip(parameters, contract.arguments, strict=True)
         changed = [name for name, argument in pairs if argument.written or argument.scratch]
         try:

@@ -36,7 +36,11 @@ def kernels(op: str) -> tuple[Kernel, ...]:
         raise KernelError(
             f"unknown operator {op!r}{nearest(op, contracts())} (known: {', '.join(contracts())})"
         )
-    found = [Kernel(op=op, provider="reference", function=contract.reference, verified_on=("cpu",))]
+    # References are written for reading: they may look at values, and those of attention and stores do.
+    reference = Kernel(
+        op=op, provider="reference", function=contract.reference, verified_on=("cpu",), asks_host=True
+    )
+    found = [reference]
     package = importlib.import_module(f"lockstep.ops.{op}.kernels")
     for module in pkgutil.iter_modules(package.__path__):
         found.extend(importlib.import_module(f"{package.__name__}.{module.name}").KERNELS)

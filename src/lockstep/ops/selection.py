@@ -51,8 +51,11 @@ class KernelSelector:
         self.bindings: list[Binding] = []
         self._check_forced()
 
-    def bind(self, op: str, where: str, signature: Signature) -> Binding:
-        """The kernel for this call site. Raises KernelError when none accepts, or a forced one refuses."""
+    def bind(self, op: str, where: str, signature: Signature, *, strict: bool = True) -> Binding:
+        """The kernel for this call site. Raises KernelError when none accepts, or a forced one refuses.
+
+        `strict=False`: the reference is as good, because its parts are bound one by one.
+        """
         contract = contracts().get(op)
         if contract is None:
             raise KernelError(f"unknown operator {op!r}{nearest(op, contracts())}")
@@ -62,7 +65,7 @@ class KernelSelector:
         if forced is not None:
             binding = self._bind_forced(where, signature, forced)
         else:
-            binding = self._bind_preferred(op, where, signature)
+            binding = self._bind_preferred(op, where, signature, self._strict and strict)
         self.bindings.append(binding)
         return binding
 
@@ -73,7 +76,7 @@ class KernelSelector:
             raise KernelError(f"{option} cannot serve {where}: {reason}")
         return Binding(kernel.op, where, kernel, f"forced by {option}")
 
-    def _bind_preferred(self, op: str, where: str, signature: Signature) -> Binding:
+    def _bind_preferred(self, op: str, where: str, signature: Signature, strict: bool) -> Binding:
         by_provider = {kernel.provider: kernel for kernel in kernels(op)}
         refused: list[tuple[str, str]] = []
         for provider in self._preference:
@@ -84,7 +87,7 @@ class KernelSelector:
             if reason is None:
                 why = "first in this platform's preference" if not refused else "first that accepts"
                 return Binding(op, where, kernel, why, tuple(refused))
-            if self._strict and _made_for(kernel, self._capabilities):
+            if strict and _made_for(kernel, self._capabilities):
                 raise KernelError(f"--strict-kernels: {op}.{provider} refuses {where}: {reason}")
             refused.append((provider, reason))
         reasons = "; ".join(f"{provider}: {reason}" for provider, reason in refused)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -75,6 +76,44 @@ class TorchGroup:
         return torch.cat(parts, dim)
 
 
+class Line(NamedTuple):
+    """The ranks that differ from one rank along `axis` alone, which is number `rank` of them.
+
+    `first` is the lowest of their numbers in the mesh: with the axis it names the line.
+    """
+
+    axis: Axis
+    rank: int
+    size: int
+    first: int
+
+
+def lines_of(sizes: Mapping[str, int], rank: int) -> list[Line]:
+    """The lines through a rank: one along each axis with several ranks, and one along the product of several such.
+
+    Ranks are numbered from 0, the last axis fastest. Raises PlacementError for a rank or an axis that is not there.
+    """
+    for axis in sizes:
+        _require_axis(axis)
+    if not 0 <= rank < math.prod(sizes.values()):
+        raise PlacementError(f"a mesh of {dict(sizes)} has no rank {rank}")
+    lines: list[Line] = []
+    stride = 1
+    for axis, size in reversed(list(sizes.items())):
+        place = rank // stride % size
+        if size > 1:
+            lines.insert(0, Line(axis, place, size, rank - place * stride))
+        stride *= size
+    if len(lines) > 1:
+        lines.append(Line(tuple(str(line.axis) for line in lines), rank, stride, 0))
+    return lines
+
+
+def _require_axis(name: str) -> None:
+    if name not in AXES:
+        raise PlacementError(f"unknown mesh axis {name!r}{nearest(name, AXES)}")
+
+
 class Mesh:
     """Named axes and this rank's place on each. An axis that was not given has size 1."""
 
@@ -88,9 +127,19 @@ class Mesh:
         return cls()
 
     @classmethod
-    def shapes_only(cls, axis: str, *, rank: int, size: int) -> Mesh:
-        """A mesh with no other ranks behind it, for building with no devices."""
-        return cls({axis: ShapeGroup(rank, size)})
+    def of(cls, sizes: Mapping[str, int], rank: int, make_group: Callable[[Line], Group]) -> Mesh:
+        """The mesh of a rank, with a group for every line through it. Raises PlacementError, see `lines_of`."""
+        return cls({line.axis: make_group(line) for line in lines_of(sizes, rank)})
+
+    @classmethod
+    def shapes_only(cls, sizes: Mapping[str, int], *, rank: int) -> Mesh:
+        """A mesh of axes of these sizes with no other ranks behind it, for building with no devices."""
+        return cls.of(sizes, rank, lambda line: ShapeGroup(line.rank, line.size))
+
+    @property
+    def everyone(self) -> Group:
+        """All ranks of the mesh."""
+        return self.group(tuple(axis for axis in self._groups if isinstance(axis, str)))
 
     def group(self, axis: Axis) -> Group:
         """The group along an axis. Raises PlacementError for a name that is no axis."""
@@ -99,8 +148,7 @@ class Mesh:
             return found
         names = axis if isinstance(axis, tuple) else (axis,)
         for name in names:
-            if name not in AXES:
-                raise PlacementError(f"unknown mesh axis {name!r}{nearest(name, AXES)}")
+            _require_axis(name)
         large = [name for name in names if name in self._groups and self._groups[name].size > 1]
         if len(large) > 1:
             raise PlacementError(f"no group was made for the product of axes {tuple(large)}")

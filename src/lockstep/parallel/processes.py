@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,33 +12,49 @@ import torch
 from torch import distributed
 
 from lockstep.core.errors import ConfigError
-from lockstep.parallel.mesh import Mesh, TorchGroup
+from lockstep.parallel.mesh import Line, Mesh, TorchGroup
 
 CONNECT_TIMEOUT_S = 120
 COLLECTIVE_TIMEOUT_S = 600
 
 
-def connect(axis: str, *, rank: int, size: int, store: Path, backend: str, device: torch.device) -> Mesh:
-    """A mesh of `size` ranks along one axis that meet at the file `store`; this is number `rank`.
+def connect(sizes: Mapping[str, int], *, rank: int, store: Path, backend: str, device: torch.device) -> Mesh:
+    """The mesh of one rank of many, which meet at the file `store`; `sizes` are those of its axes, last one fastest.
 
     Gloo is bound to the loopback interface. Raises ConfigError for a backend that is not known.
     """
-    if size == 1:
+    num_ranks = math.prod(sizes.values())
+    if num_ranks == 1:
         return Mesh.solo()
-    meeting = distributed.FileStore(str(store), size)
+    if backend not in _BACKENDS:
+        raise ConfigError(f"unknown collective backend {backend!r} (known: {', '.join(_BACKENDS)})")
+    meeting = distributed.FileStore(str(store), num_ranks)
     meeting.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))
-    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-    if backend == "gloo":
-        # torch's type stubs lack these two, and know no common base of the backends.
-        gloo: Any = distributed.ProcessGroupGloo
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-        options._timeout = timeout
-        return Mesh({axis: TorchGroup(gloo(meeting, rank, size, options))})
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-        nccl: Any = distributed.ProcessGroupNCCL
-        nccl_options = nccl.Options()
-        nccl_options._timeout = timeout
-        return Mesh({axis: TorchGroup(nccl(meeting, rank, size, nccl_options))})
-    raise ConfigError(f"unknown collective backend {backend!r} (known: gloo, nccl)")
+
+    def join(line: Line) -> TorchGroup:
+        corner = distributed.PrefixStore(f"{line.axis} from {line.first}", meeting)
+        return TorchGroup(_BACKENDS[backend](corner, line.rank, line.size, device))
+
+    return Mesh.of(sizes, rank, join)
+
+
+# torch's type stubs lack both backends' options, and know no common base of the backends.
+
+
+def _gloo(store: distributed.Store, rank: int, size: int, device: torch.device) -> Any:
+    gloo: Any = distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    return gloo(store, rank, size, options)
+
+
+def _nccl(store: distributed.Store, rank: int, size: int, device: torch.device) -> Any:
+    torch.cuda.set_device(device)
+    nccl: Any = distributed.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    return nccl(store, rank, size, options)
+
+
+_BACKENDS = {"gloo": _gloo, "nccl": _nccl}

@@ -9,7 +9,7 @@ import importlib.util
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from lockstep.platforms.base import MemoryFacts, Platform
+from lockstep.platforms.base import DeviceGraph, MemoryFacts, Platform
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +45,20 @@ class TorchAccelerator(Platform, abstract=True):
 class CudaGraph:
     """A graph of torch.cuda, which is CUDA's or HIP's."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: DeviceGraph | None = None) -> None:
         import torch
 
         self._graph = torch.cuda.CUDAGraph()
+        self._where: dict[str, Any] = {"pool": beside._graph.pool()} if isinstance(beside, CudaGraph) else {}
 
     def capture(self) -> AbstractContextManager[Any]:
-        """Records what is submitted inside, on a stream of its own, into the graph's own memory."""
+        """Records what is submitted inside, on a stream of its own, into memory of its own or of its neighbour.
+
+        Results that are kept alive are not written over by the neighbours' work.
+        """
         import torch
 
-        return torch.cuda.graph(self._graph)
+        return torch.cuda.graph(self._graph, **self._where)
 
     def replay(self) -> None:
         """Submits what was recorded to the current stream."""

@@ -44,7 +44,7 @@ class Platform(ABC):
     `device_type` is torch's word for the device. `kernel_preference` orders kernel providers, best first: of the
     kernels that accept a call, the one whose provider stands first is bound. "reference" is appended when it is not
     listed. `attention_preference` does the same for the operators of attention. `gives_memory_on_write` says that
-    `zeros` costs nothing until it is written.
+    `zeros` costs nothing until it is written, `runs_native_kernels` that the compiled extension computes on it.
 
     A subclass that leaves out a fact or a method cannot be defined: PlatformError names what is missing. One that is
     only a base for others says `abstract=True`.
@@ -55,6 +55,7 @@ class Platform(ABC):
     kernel_preference: ClassVar[tuple[str, ...]]
     attention_preference: ClassVar[tuple[str, ...]]
     gives_memory_on_write: ClassVar[bool] = False
+    runs_native_kernels: ClassVar[bool] = False
 
     def __init_subclass__(cls, *, abstract: bool = False, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -94,8 +95,11 @@ class Platform(ABC):
         """One more queue of device `index`, or None where work runs in the order it is submitted in."""
         return None
 
-    def new_graph(self) -> DeviceGraph:
-        """An empty graph. Raises PlatformError where `capabilities().has_graphs` is false."""
+    def new_graph(self, beside: DeviceGraph | None = None) -> DeviceGraph:
+        """An empty graph, in the memory of a captured one if given: two such graphs never run at the same time.
+
+        Raises PlatformError where `capabilities().has_graphs` is false.
+        """
         raise PlatformError(f"platform {self.name} has no graphs; ask its capabilities before capturing one")
 
 

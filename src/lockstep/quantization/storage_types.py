@@ -12,6 +12,7 @@ import torch
 
 from lockstep.core.errors import ModelFileError, nearest
 from lockstep.formats.storage import BLOCK_LAYOUTS
+from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.quantization import ggml_blocks
 from lockstep.quantization.ggml_blocks import Groups
 
@@ -23,7 +24,8 @@ _PIECE_ELEMENTS = 1 << 17
 class StorageType:
     """How a row of values becomes bytes: blocks of `block_elements` neighbours in `block_bytes` bytes.
 
-    Exactly one of `dtype` (plain floating point) and `take_apart` (blocks [N, block_bytes] -> Groups) is set.
+    Exactly one of `dtype` (plain floating point) and `take_apart` (blocks [N, block_bytes] -> Groups) is set. Packed
+    integers plus `zero` lie below 2^bits.
     """
 
     name: str
@@ -31,6 +33,8 @@ class StorageType:
     block_bytes: int
     dtype: torch.dtype | None = None
     take_apart: Callable[[torch.Tensor], Groups] | None = None
+    bits: int = 8
+    zero: int = 0
 
     @property
     def is_packed(self) -> bool:
@@ -69,6 +73,14 @@ class StorageType:
             None if minimum is None else minimum.reshape(num_rows, -1),
         )
 
+    def grouped(self, raw_RB: torch.Tensor) -> GroupedWeight:
+        """Packed rows (uint8) as a constant weight [R, C] of unsigned integers. Raises ModelFileError as `unpack`."""
+        q_RC, scale_RG, minimum_RG = self.unpack(raw_RB)
+        if self.zero:
+            # Adding in eight bits wraps around: the sum's bits are the unsigned number.
+            q_RC = (q_RC.view(torch.uint8) + self.zero).contiguous()
+        return GroupedWeight(q_RC.view(torch.uint8), scale_RG, minimum_RG, self.zero, self.bits)
+
     def dequantise(self, raw_RB: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Packed rows (uint8) as values [R, C]: computed in float32, then rounded once to `dtype`.
 
@@ -100,8 +112,10 @@ def _plain(name: str, dtype: torch.dtype) -> StorageType:
     return StorageType(name, *BLOCK_LAYOUTS[name], dtype=dtype)
 
 
-def _blocks(name: str, take_apart: Callable[[torch.Tensor], Groups]) -> StorageType:
-    return StorageType(name, *BLOCK_LAYOUTS[name], take_apart=take_apart)
+def _blocks(
+    name: str, take_apart: Callable[[torch.Tensor], Groups], *, bits: int = 8, zero: int = 0
+) -> StorageType:
+    return StorageType(name, *BLOCK_LAYOUTS[name], take_apart=take_apart, bits=bits, zero=zero)
 
 
 STORAGE_TYPES: dict[str, StorageType] = {
@@ -110,14 +124,14 @@ STORAGE_TYPES: dict[str, StorageType] = {
         _plain("F32", torch.float32),
         _plain("F16", torch.float16),
         _plain("BF16", torch.bfloat16),
-        _blocks("Q8_0", ggml_blocks.q8_0),
-        _blocks("Q4_0", ggml_blocks.q4_0),
-        _blocks("Q4_1", ggml_blocks.q4_1),
-        _blocks("Q5_0", ggml_blocks.q5_0),
+        _blocks("Q8_0", ggml_blocks.q8_0, zero=128),
+        _blocks("Q4_0", ggml_blocks.q4_0, bits=4, zero=8),
+        _blocks("Q4_1", ggml_blocks.q4_1, bits=4),
+        _blocks("Q5_0", ggml_blocks.q5_0, zero=16),
         _blocks("Q5_1", ggml_blocks.q5_1),
-        _blocks("Q4_K", ggml_blocks.q4_k),
+        _blocks("Q4_K", ggml_blocks.q4_k, bits=4),
         _blocks("Q5_K", ggml_blocks.q5_k),
-        _blocks("Q6_K", ggml_blocks.q6_k),
+        _blocks("Q6_K", ggml_blocks.q6_k, zero=32),
     )
 }
 

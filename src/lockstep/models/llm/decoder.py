@@ -6,16 +6,17 @@ Shapes: T tokens, R rows that want logits, D model, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from lockstep.core.errors import ModelFileError
+from lockstep.core.errors import KernelError, ModelFileError
 from lockstep.layers.build import Build, ForwardContext
-from lockstep.layers.embedding import LMHead
-from lockstep.layers.rope import RopeSpec
+from lockstep.layers.embedding import LMHead, VocabEmbedding
+from lockstep.layers.rope import RopeSpec, RotaryEmbedding
+from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, NormOutline
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ class DecoderConfig:
 class DecoderModel(ABC):
     """A language model on this rank.
 
-    `forward` gives the hidden rows after the last norm; `logits` turns those that want it into scores.
+    `forward` gives the hidden rows after the last norm; `logits` turns those that want it into scores. `has_outline`
+    says that `outline` describes it.
     """
 
     architectures: ClassVar[tuple[str, ...]]
+    has_outline: ClassVar[bool] = False
 
     config: DecoderConfig
     head: LMHead
@@ -94,6 +97,10 @@ class DecoderModel(ABC):
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Hidden rows [T, D] after the final norm."""
 
+    def outline(self) -> DecoderOutline:
+        """The model as data, for kernels that compute whole decoders. Raises KernelError for one with other parts."""
+        raise KernelError(f"{type(self).__name__} has parts that no outline of a decoder describes")
+
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """float32 scores [R, V], the same on every rank."""
         return self.head(hidden_RD)
@@ -103,6 +110,35 @@ def make_head(build: Build, config: DecoderConfig, *, soft_cap: float = 0.0) -> 
     """The head, which shares the embedding's stored weight when the model ties them."""
     name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     return LMHead(build, name, config.vocab_size, config.hidden_size, soft_cap=soft_cap)
+
+
+_OUTLINED_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def outline_decoder(
+    config: DecoderConfig,
+    embedding: VocabEmbedding,
+    ropes: Sequence[RotaryEmbedding],
+    blocks: Sequence[BlockOutline],
+    norm: NormOutline,
+    head: LMHead,
+) -> DecoderOutline:
+    """A model of this shape as data."""
+    return DecoderOutline(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        inner_size=config.intermediate_size,
+        activation=_OUTLINED_ACTIVATIONS[config.hidden_act],
+        embedding=embedding.table.weight,
+        embedding_scale=1.0 if embedding.scale is None else embedding.scale,
+        ropes=tuple(rope.outline() for rope in ropes),
+        blocks=tuple(blocks),
+        norm=norm,
+        head=head.outline(),
+        soft_cap=head.soft_cap,
+    )
 
 
 def layer_windows(config: Mapping[str, Any], num_layers: int, *, period: int = 0) -> tuple[int, ...]:

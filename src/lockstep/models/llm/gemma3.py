@@ -19,7 +19,14 @@ from lockstep.layers.embedding import VocabEmbedding
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.norm import AddRMSNorm, RMSNorm
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
-from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, layer_windows, make_head
+from lockstep.models.llm.decoder import (
+    DecoderConfig,
+    DecoderModel,
+    layer_windows,
+    make_head,
+    outline_decoder,
+)
+from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
 from lockstep.parallel.placement import reduce
 
 _CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -80,11 +87,23 @@ class Gemma3Layer:
         hidden_TD, residual_TD = self._pre_mlp(update_TD, residual_TD)
         return residual_TD + self._post_mlp(reduce(self._mlp(ctx, hidden_TD), self._mesh))
 
+    def outline(self) -> BlockOutline:
+        """What it computes, for a kernel of a whole decoder; rotation 0 is the full layers', 1 the sliding ones'."""
+        return BlockOutline(
+            self._input_norm.outline(),
+            self._attention.outline(rope=int(self.slides)),
+            self._pre_mlp.outline(),
+            self._mlp.outline(),
+            self._post_attention.outline(),
+            self._post_mlp.outline(),
+        )
+
 
 class Gemma3Model(DecoderModel):
     """Embedding, blocks with two rotary bases, final norm, head."""
 
     architectures = ("Gemma3ForCausalLM",)
+    has_outline = True
 
     def __init__(self, build: Build, config: DecoderConfig, settings: Mapping[str, Any]) -> None:
         self.config = config
@@ -130,3 +149,13 @@ class Gemma3Model(DecoderModel):
         for layer in self._layers:
             residual_TD = layer(ctx, residual_TD, nearby if layer.slides else everywhere)
         return self._norm(residual_TD)
+
+    def outline(self) -> DecoderOutline:
+        return outline_decoder(
+            self.config,
+            self._embedding,
+            (self._rotary, self._local_rotary),
+            [layer.outline() for layer in self._layers],
+            self._norm.outline(),
+            self.head,
+        )

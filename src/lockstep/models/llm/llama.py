@@ -17,7 +17,8 @@ from lockstep.layers.embedding import VocabEmbedding
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.norm import AddRMSNorm, RMSNorm
 from lockstep.layers.rope import RotaryEmbedding
-from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, make_head
+from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, make_head, outline_decoder
+from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
 from lockstep.parallel.placement import Partial, reduce
 
 _CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -78,11 +79,23 @@ class LlamaLayer:
         hidden_TD, residual_TD = self._post_norm(self._attention(ctx, hidden_TD, cos_sin), residual_TD)
         return self._mlp(ctx, hidden_TD), residual_TD
 
+    def outline(self) -> BlockOutline:
+        """What it computes, for a kernel of a whole decoder."""
+        input_norm = self._input_norm or self._first_norm
+        assert input_norm is not None
+        return BlockOutline(
+            input_norm.outline(),
+            self._attention.outline(rope=0),
+            self._post_norm.outline(),
+            self._mlp.outline(),
+        )
+
 
 class LlamaModel(DecoderModel):
     """Embedding, blocks, final norm, head."""
 
     architectures = ("LlamaForCausalLM",)
+    has_outline = True
 
     def __init__(
         self,
@@ -135,3 +148,9 @@ class LlamaModel(DecoderModel):
             update, residual_TD = layer(ctx, update, residual_TD, cos_sin)
         assert update is not None
         return self._norm(update, residual_TD)[0]
+
+    def outline(self) -> DecoderOutline:
+        blocks = [layer.outline() for layer in self._layers]
+        return outline_decoder(
+            self.config, self._embedding, (self._rotary,), blocks, self._norm.outline(), self.head
+        )

@@ -15,6 +15,7 @@ import torch
 from lockstep.core.errors import ModelFileError, nearest
 from lockstep.formats.model_files import ModelFiles, TensorInfo
 from lockstep.formats.storage import unreadable
+from lockstep.layers.build import Slice
 from lockstep.quantization.storage_types import StorageType, storage_type
 
 
@@ -44,9 +45,11 @@ class WeightSource(Protocol):
         dim: int | None = None,
         start: int = 0,
         length: int | None = None,
+        member: int | None = None,
     ) -> torch.Tensor:
         """The tensor, or `length` entries of `dim` from `start` on (to the end when None), as `dtype`.
 
+        With `member` the tensor is that matrix of a stack of matrices, and no other one is read.
         Contiguous. May share memory with the file: copy it before writing to it. Raises ModelFileError when the
         tensor is missing, cannot be read or the slice lies outside of it.
         """
@@ -86,9 +89,10 @@ class FileWeights:
         dim: int | None = None,
         start: int = 0,
         length: int | None = None,
+        member: int | None = None,
     ) -> torch.Tensor:
         info = self.info(name)
-        part = _Part.of(info, dim, start, length)
+        part = _Part.of(info, dim, start, length, member)
         storage = storage_type_of(info)
         # Columns come in whole blocks, so take those that cover the part, then cut it out of the values.
         first = part.first_column // storage.block_elements * storage.block_elements
@@ -152,6 +156,15 @@ def storage_type_of(info: TensorInfo) -> StorageType:
         raise ModelFileError(f"{info.file}: tensor {info.name!r}: {error}") from error
 
 
+def stays_grouped(info: TensorInfo, part: Slice | None) -> bool:
+    """True when a matrix, or this part of it, is whole blocks of integers that need no change of values."""
+    storage = storage_type_of(info)
+    if not storage.is_packed or len(info.shape) != 2 or info.stored_offset:
+        return False
+    cut = (part.start, part.length) if part is not None and part.dim == 1 else (0, info.shape[1])
+    return all(size % storage.block_elements == 0 for size in cut)
+
+
 class _Part(NamedTuple):
     """A rectangle of a tensor seen as a matrix, and the shape that it has as a tensor."""
 
@@ -162,24 +175,31 @@ class _Part(NamedTuple):
     last_column: int
 
     @classmethod
-    def of(cls, info: TensorInfo, dim: int | None, start: int, length: int | None) -> _Part:
-        num_rows, num_columns = _matrix_shape(info.shape)
+    def of(
+        cls, info: TensorInfo, dim: int | None, start: int, length: int | None, member: int | None = None
+    ) -> _Part:
+        whole, before = info.shape, 0
+        if member is not None:
+            if len(whole) != 3 or not 0 <= member < whole[0]:
+                raise ModelFileError(f"{info.name!r} of shape {whole} has no matrix {member}")
+            whole, before = whole[1:], member * whole[1]
+        num_rows, num_columns = _matrix_shape(whole)
         if dim is None:
             if start or length is not None:
                 raise ModelFileError(f"{info.name!r}: a slice needs its dim")
-            return cls(info.shape, 0, num_rows, 0, num_columns)
-        if dim not in range(min(2, len(info.shape))) or (dim == 1 and len(info.shape) != 2):
+            return cls(whole, before, before + num_rows, 0, num_columns)
+        if dim not in range(min(2, len(whole))) or (dim == 1 and len(whole) != 2):
             raise ModelFileError(f"{info.name!r} of shape {info.shape} cannot be sliced along dim {dim}")
-        stop = info.shape[dim] if length is None else start + length
-        if not 0 <= start < stop <= info.shape[dim]:
+        stop = whole[dim] if length is None else start + length
+        if not 0 <= start < stop <= whole[dim]:
             raise ModelFileError(
-                f"{info.name!r} of shape {info.shape} has no entries {start} to {stop} of dim {dim}"
+                f"{info.name!r} of shape {whole} has no entries {start} to {stop} of dim {dim}"
             )
-        shape = (*info.shape[:dim], stop - start, *info.shape[dim + 1 :])
+        shape = (*whole[:dim], stop - start, *whole[dim + 1 :])
         if dim == 1:
-            return cls(shape, 0, num_rows, start, stop)
-        rows_of_each = num_rows // info.shape[0]
-        return cls(shape, start * rows_of_each, stop * rows_of_each, 0, num_columns)
+            return cls(shape, before, before + num_rows, start, stop)
+        rows_of_each = num_rows // whole[0]
+        return cls(shape, before + start * rows_of_each, before + stop * rows_of_each, 0, num_columns)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

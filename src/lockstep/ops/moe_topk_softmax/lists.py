@@ -4,6 +4,10 @@ A list is a tuple of eight tensors: element by element, eight keys in descending
 and a minimum of whole tensors, so that nothing moves between threads until lists of different lanes are merged.
 Keys are integers that order like a float and then by id, the lowest first; no two are equal. Networks: Batcher, Sorting
 networks and their applications, 1968.
+
+Memory is read in the flat form [ROWS, 4 LANES], whose layout puts the lanes of a row side by side in one warp. In
+[ROWS, LANES, 4] rows and lanes are equally far apart, and it depends on Triton's version which of them a warp spans:
+lists of lanes in different warps meet through shared memory and barriers.
 """
 
 from __future__ import annotations
@@ -54,11 +58,17 @@ def no_key(ROWS: tl.constexpr, LANES: tl.constexpr, NARROW: tl.constexpr) -> tl.
 
 @triton.jit
 def _after_meeting(keys: tl.tuple, AT: tl.constexpr, PARTNER: tl.constexpr) -> tl.tensor:
-    """Key AT after it met its partner: the larger of both goes to the lower number. Its own partner stays."""
+    """Key AT after it met its partner: the larger of both goes to the lower number. Its own partner stays.
+
+    Wide keys have no instruction for a minimum, but what is left of two keys without the larger one takes two.
+    """
     if PARTNER > AT:
         return tl.maximum(keys[AT], keys[PARTNER])
     elif PARTNER < AT:
-        return tl.minimum(keys[AT], keys[PARTNER])
+        if keys[AT].dtype == tl.int64:
+            return keys[AT] ^ keys[PARTNER] ^ tl.maximum(keys[PARTNER], keys[AT])
+        else:
+            return tl.minimum(keys[AT], keys[PARTNER])
     else:
         return keys[AT]
 
@@ -157,8 +167,17 @@ def gathered(parts: tl.tuple, ROWS: tl.constexpr, LANES: tl.constexpr) -> tl.ten
 
 
 @triton.jit
+def from_first(first: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr) -> tl.tensor:
+    """Flat [ROWS, 4 LANES]: first, first + 1 .. first + 3 of each lane. ALIGNED: every first is a multiple of 4."""
+    flat = tl.reshape(first[:, :, None] + tl.arange(0, 4), (ROWS, 4 * LANES))
+    if ALIGNED:
+        flat = tl.max_contiguous(tl.multiple_of(flat, (1, 4)), (1, 4))
+    return flat
+
+
+@triton.jit
 def elements(fours: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr) -> tl.tuple:
-    """The four tensors [ROWS, LANES] of a tensor [ROWS, LANES, 4]."""
+    """The four tensors [ROWS, LANES] of a flat one."""
     even, odd = tl.split(tl.reshape(fours, (ROWS, LANES, 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)

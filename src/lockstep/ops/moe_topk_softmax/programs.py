@@ -15,6 +15,7 @@ from lockstep.ops.moe_topk_softmax.lists import (
     best_eight,
     dealt,
     elements,
+    from_first,
     gathered,
     id_of,
     key_of,
@@ -22,17 +23,13 @@ from lockstep.ops.moe_topk_softmax.lists import (
     no_key,
     value_of,
 )
-from lockstep.ops.moe_topk_softmax.tiles import NUM_WARPS, tile_of
+from lockstep.ops.moe_topk_softmax.tiles import tile_of
 
 
 @triton.jit
-def _four_logits(
-    row_ptr: tl.tensor, is_row: tl.tensor, four: tl.tensor, stride: tl.tensor, EXPERTS: tl.constexpr
-) -> tl.tensor:
-    """[ROWS, LANES, 4] logits of the experts 4 four .. 4 four + 3, minus infinity where there are none."""
-    expert = four[:, :, None] * 4 + tl.arange(0, 4)
-    mask = is_row[:, None, None] & (expert < EXPERTS)
-    return tl.load(row_ptr[:, None, None] + expert * stride, mask=mask, other=float("-inf"))
+def _logits(row_ptr: tl.tensor, expert: tl.tensor, stride: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
+    """Flat logits, minus infinity where there are no experts."""
+    return tl.load(row_ptr[:, None] + expert * stride, mask=expert < EXPERTS, other=float("-inf"))
 
 
 @triton.jit
@@ -53,16 +50,18 @@ def _route(
 ) -> None:
     """ROWS tokens. FOURS is how many fours each lane looks at, rounded up to whole lists."""
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    is_token = token < num_tokens
-    row_ptr = logits_ptr + token * token_stride
+    # Rows past the last one repeat it, and are not stored.
+    row_ptr = logits_ptr + tl.minimum(token, num_tokens - 1) * token_stride
     lane = tl.arange(0, LANES)[None, :]
+    column = tl.arange(0, 4 * LANES)[None, :]
 
     four_keys: tl.tuple = ()
     for i in tl.static_range(FOURS):
         if i * LANES * 4 < EXPERTS:
-            four = i * LANES + lane
-            logits = _four_logits(row_ptr, is_token, four, expert_stride, EXPERTS)
-            four_keys = four_keys + (key_of(tl.max(logits, 2), four, NARROW),)
+            logits = _logits(row_ptr, i * 4 * LANES + column, expert_stride, EXPERTS)
+            a, b, c, d = elements(logits.to(tl.float32), ROWS, LANES)
+            four_best = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+            four_keys = four_keys + (key_of(four_best, i * LANES + lane, NARROW),)
         else:
             four_keys = four_keys + (no_key(ROWS, LANES, NARROW),)
     fours = dealt(merged_lanes(best_eight(four_keys, FOURS)), lane, LANES)
@@ -71,8 +70,8 @@ def _route(
     for i in tl.static_range(8 // LANES):
         # Where a lane had no four to offer, the first one past the experts: all of it is masked.
         four = tl.minimum(id_of(fours[i]), (EXPERTS + 3) // 4)
-        expert = four[:, :, None] * 4 + tl.arange(0, 4)
-        logits = _four_logits(row_ptr, is_token, four, expert_stride, EXPERTS)
+        expert = from_first(four * 4, ROWS, LANES, True)
+        logits = _logits(row_ptr, expert, expert_stride, EXPERTS)
         keys = keys + elements(key_of(logits, expert, NARROW), ROWS, LANES)
     for _ in tl.static_range(32 // LANES, 8):
         keys = keys + (no_key(ROWS, LANES, NARROW),)
@@ -93,12 +92,13 @@ def _route(
             total += weight
     if not RENORMALISE:
         for i in tl.static_range((EXPERTS + 4 * LANES - 1) // (4 * LANES)):
-            logits = _four_logits(row_ptr, is_token, i * LANES + lane, expert_stride, EXPERTS)
-            total += tl.sum(tl.exp(logits.to(tl.float32) - largest[:, None, None]), 2)
+            logits = _logits(row_ptr, i * 4 * LANES + column, expert_stride, EXPERTS)
+            a, b, c, d = elements(tl.exp(logits.to(tl.float32) - largest[:, None]), ROWS, LANES)
+            total += (a + b) + (c + d)
 
     choice = tl.arange(0, 8)[None, :]
     out = token[:, None] * TOP_K + choice
-    mask = is_token[:, None] & (choice < TOP_K)
+    mask = (token < num_tokens)[:, None] & (choice < TOP_K)
     share = gathered(weights, ROWS, LANES) / tl.sum(total, 1)[:, None]
     tl.store(weights_ptr + out, share, mask=mask)
     tl.store(ids_ptr + out, gathered(ids, ROWS, LANES), mask=mask)
@@ -124,6 +124,6 @@ def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch
             FOURS=triton.cdiv(num_experts, 32 * tile.lanes) * 8,
             ROWS=tile.rows,
             LANES=tile.lanes,
-            num_warps=NUM_WARPS,
+            num_warps=tile.num_warps,
         )
     return weights_TK, ids_TK

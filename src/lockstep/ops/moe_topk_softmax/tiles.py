@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-NUM_WARPS = 4
-
 
 class Tile(NamedTuple):
     """`rows` tokens, each spread over `lanes` threads."""
 
     rows: int
     lanes: int
+    num_warps: int
 
 
 def tile_of(num_tokens: int) -> Tile:
@@ -21,4 +20,9 @@ def tile_of(num_tokens: int) -> Tile:
     device's hundred thousand threads busy. Fewer tokens are spread further, which shortens the wait for each.
     """
     lanes = 2 if num_tokens >= 1 << 16 else 4 if num_tokens >= 1 << 14 else 8
-    return Tile(NUM_WARPS * 32 // lanes, lanes)
+    return tile_with(lanes, 4)
+
+
+def tile_with(lanes: int, num_warps: int) -> Tile:
+    """Rows for every thread of so many warps."""
+    return Tile(num_warps * 32 // lanes, lanes, num_warps)

@@ -1,4 +1,4 @@
-"""Processors: stock PyTorch operators, oneDNN's packed products where the processor has them."""
+"""Processors: native kernels where they were built, else stock PyTorch operators with oneDNN's packed products."""
 
 from __future__ import annotations
 
@@ -75,9 +75,10 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     device_type = "cpu"
-    kernel_preference = ("onednn", "torch", "reference")
-    attention_preference = ("torch",)
+    kernel_preference = ("native", "onednn", "torch", "reference")
+    attention_preference = ("native", "torch")
     gives_memory_on_write = True
+    runs_native_kernels = True
 
     def unavailable_reason(self) -> str | None:
         return None

@@ -62,5 +62,5 @@ class CudaPlatform(TorchAccelerator):
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return super().device(index)
 
-    def new_graph(self) -> DeviceGraph:
-        return CudaGraph()
+    def new_graph(self, beside: DeviceGraph | None = None) -> DeviceGraph:
+        return CudaGraph(beside)

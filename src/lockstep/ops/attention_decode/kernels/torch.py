@@ -133,5 +133,6 @@ KERNELS = (
         function=attention_decode,
         refuses=refuses,
         verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
     ),
 )

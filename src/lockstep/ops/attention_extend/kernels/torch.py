@@ -143,5 +143,6 @@ KERNELS = (
         function=attention_extend,
         refuses=refuses,
         verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
     ),
 )

@@ -34,4 +34,12 @@ def fused_moe(
     return out_TD.to(hidden_TD.dtype)
 
 
-KERNELS = (Kernel(op="fused_moe", provider="torch", function=fused_moe, verified_on=("cpu", "NVIDIA H100")),)
+KERNELS = (
+    Kernel(
+        op="fused_moe",
+        provider="torch",
+        function=fused_moe,
+        verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
+    ),
+)

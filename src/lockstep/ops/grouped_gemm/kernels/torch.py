@@ -45,5 +45,6 @@ KERNELS = (
         provider="torch",
         function=grouped_gemm,
         verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
     ),
 )

@@ -19,4 +19,12 @@ def kv_store(
     v_NPSH.flatten(1, 2).index_copy_(1, slots_T, v_TNH.transpose(0, 1).to(v_NPSH.dtype))
 
 
-KERNELS = (Kernel(op="kv_store", provider="torch", function=kv_store, verified_on=("cpu", "NVIDIA H100")),)
+KERNELS = (
+    Kernel(
+        op="kv_store",
+        provider="torch",
+        function=kv_store,
+        verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
+    ),
+)

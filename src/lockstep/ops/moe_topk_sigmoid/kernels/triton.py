@@ -8,12 +8,12 @@ from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.moe_topk_softmax.kernels.triton import refuses_sizes
 
 _MOST_GROUPS = 16
-"""Every two groups are compared: beyond this the program grows too long."""
+"""The best groups so far are kept in registers."""
 
 
 def _refuses(signature: Signature) -> str | None:
-    if signature["num_groups"] > _MOST_GROUPS:
-        return f"compares up to {_MOST_GROUPS} groups, not {signature['num_groups']}"
+    if signature["top_k_groups"] > _MOST_GROUPS:
+        return f"keeps the best {_MOST_GROUPS} groups, not {signature['top_k_groups']}"
     return refuses_sizes(signature)
 
 

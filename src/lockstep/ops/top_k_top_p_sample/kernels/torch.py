@@ -80,5 +80,6 @@ KERNELS = (
         provider="torch",
         function=top_k_top_p_sample,
         verified_on=("cpu", "NVIDIA H100"),
+        asks_host=True,
     ),
 )

@@ -1,0 +1,54 @@
+"""A built model whose blocks one kernel computes together.
+
+Shapes: T tokens, R rows that want scores, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lockstep.core.errors import KernelError
+from lockstep.kv.pool.pool import KVPool
+from lockstep.layers.build import Build, ForwardContext
+from lockstep.models.llm.decoder import DecoderModel
+from lockstep.ops.selection import Binding
+
+
+class FusedDecoder(DecoderModel):
+    """A kernel of decoder_forward in the place of a model's layers. Steps are planned by SpanBackend."""
+
+    def __init__(self, model: DecoderModel, program: Any) -> None:
+        self.config = model.config
+        self.head = model.head
+        self._program = program
+        self._bound: tuple[KVPool, list[Any]] | None = None
+
+    @classmethod
+    def make(cls, build: Build, config: Mapping[str, Any]) -> DecoderModel:
+        raise KernelError("a fused decoder is made of a built model: see `fuse`")
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """Threads of the steps to come."""
+        self._program.num_threads = num_threads
+
+    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+        if self._bound is None or self._bound[0] is not ctx.kv:
+            self._bound = (ctx.kv, [(layer.k_NPSH, layer.v_NPSH) for layer in ctx.kv.layers])
+        inputs = (token_ids_T, ctx.positions_T, ctx.slots_T, ctx.plan.spans, ctx.plan.pages)
+        hidden_TD: torch.Tensor = self._program.step(*inputs, self._bound[1])
+        return hidden_TD
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        scores_RV: torch.Tensor = self._program.scores(hidden_RD)
+        return scores_RV
+
+
+def fuse(model: DecoderModel, binding: Binding) -> FusedDecoder:
+    """The model with its blocks computed by the bound kernel. Raises KernelError for a model without an outline."""
+    prepare = binding.kernel.prepare
+    if prepare is None:
+        raise KernelError(f"{binding.kernel.provider} computes no whole decoder")
+    return FusedDecoder(model, prepare(model.outline()))

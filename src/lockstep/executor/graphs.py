@@ -1,0 +1,145 @@
+"""Steps of single tokens as device graphs: recorded once for each of a few sizes, then submitted as a whole.
+
+A graph reads and writes the same memory each time, so a step's rows and page tables are copied there first. Rows that
+the graph has and the step has not are padding: tokens that are stored nowhere and see no keys. A graph holds what the
+model's forward submitted when it was recorded: the kernels that were bound when the model was built, and no others.
+Shapes: T rows, D model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from lockstep.attention.backend import AttentionBackend
+from lockstep.attention.paged_backend import PagedBackend
+from lockstep.core.step import StepPlan
+from lockstep.executor.inputs import PADDING, StepInputs
+from lockstep.kv.pool.pool import KVPool
+from lockstep.layers.build import ForwardContext
+from lockstep.ops.selection import Binding
+from lockstep.platforms.base import DeviceGraph
+
+Forward = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
+NewGraph = Callable[[DeviceGraph | None], DeviceGraph]
+"""Makes a graph in the memory of another."""
+
+_NOT_RECORDED = ("attention_extend", "top_k_top_p_sample", "decoder_forward")
+"""Operators outside of a step of single tokens that runs layer by layer."""
+
+
+def ladder(most_rows: int) -> tuple[int, ...]:
+    """The sizes that graphs are recorded for, up to `most_rows`: few, and close enough that padding wastes little.
+
+    1, 2, 4 and 8 rows, then steps of 8 up to 64 and of 16 beyond.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, most_rows, 16)]
+    return (*(size for size in sizes if size < most_rows), most_rows)
+
+
+def why_no_graphs(bindings: Iterable[Binding], attention: AttentionBackend) -> str | None:
+    """The reason why a step of single tokens over these kernels cannot be recorded; None when it can."""
+    for binding in bindings:
+        if binding.kernel.asks_host and binding.op not in _NOT_RECORDED:
+            return f"{binding.op}.{binding.kernel.provider} reads values on the host"
+    if not isinstance(attention, PagedBackend):
+        return f"attention by {attention.name} is planned anew for each step"
+    return None
+
+
+class RecordedStep:
+    """A step of `num_rows` single tokens in memory of its own: filled, then computed, as often as wanted."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        forward: Forward,
+        attention: PagedBackend,
+        pool: KVPool,
+        *,
+        num_pages: int,
+        device: torch.device,
+        graph: DeviceGraph,
+    ) -> None:
+        self.num_rows = num_rows
+        self.graph = graph
+        self._forward = forward
+        self._attention = attention
+        self._plan = attention.fixed_plan(
+            num_rows=num_rows, num_pages=num_pages, page_size=pool.page_size, device=device
+        )
+        self._rows_3T = torch.tensor(PADDING, device=device).repeat(num_rows, 1).T.contiguous()
+        self._context = ForwardContext(self._rows_3T[1], self._rows_3T[2], attention, self._plan, pool)
+        # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
+        self.run()
+        with graph.capture():
+            self._hidden_TD = self.run()
+
+    def fill(self, inputs: StepInputs) -> None:
+        """Copies a step of `num_rows` rows, padding included, to where the graph reads it."""
+        self._rows_3T.copy_(inputs.rows_3T)
+        self._attention.refill(self._plan, inputs.spans)
+
+    def run(self) -> torch.Tensor:
+        """Hidden rows [T, D] of what was filled in, without the graph."""
+        return self._forward(self._context, self._rows_3T[0])
+
+    def replay(self) -> torch.Tensor:
+        """Hidden rows [T, D] of what was filled in, by the graph; valid until its next replay."""
+        self.graph.replay()
+        return self._hidden_TD
+
+
+class DecodeGraphs:
+    """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted.
+
+    All of them share one memory, for only one runs at a time. `num_pages` is the most that a sequence can have.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        attention: PagedBackend,
+        pool: KVPool,
+        *,
+        most_rows: int,
+        num_pages: int,
+        device: torch.device,
+        new_graph: NewGraph,
+    ) -> None:
+        self._forward = forward
+        self._attention = attention
+        self._pool = pool
+        self._num_pages = num_pages
+        self._device = device
+        self._new_graph = new_graph
+        self._sizes = ladder(most_rows)
+        self._recorded: dict[int, RecordedStep] = {}
+
+    def num_rows_for(self, plan: StepPlan) -> int | None:
+        """Rows of the smallest graph that can hold the plan, or None when none can."""
+        if any(piece.num_tokens != 1 for piece in plan.slices):
+            return None
+        return next((size for size in self._sizes if size >= len(plan.slices)), None)
+
+    def compute(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden rows [T, D] of a step that was padded to one of the sizes, its padding left out."""
+        step = self.step(inputs.rows_3T.shape[1])
+        step.fill(inputs)
+        return step.replay()[: len(inputs.spans)]
+
+    def step(self, num_rows: int) -> RecordedStep:
+        """The recorded step of one of the sizes."""
+        if num_rows not in self._recorded:
+            first = next(iter(self._recorded.values()), None)
+            self._recorded[num_rows] = RecordedStep(
+                num_rows,
+                self._forward,
+                self._attention,
+                self._pool,
+                num_pages=self._num_pages,
+                device=self._device,
+                graph=self._new_graph(first.graph if first is not None else None),
+            )
+        return self._recorded[num_rows]

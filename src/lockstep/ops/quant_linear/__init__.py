@@ -1,0 +1,1 @@
+"""Products with a constant weight of small integers with scales."""

@@ -1,0 +1,3 @@
+"""For all tests: pytest's own means of testing plugins."""
+
+pytest_plugins = ["pytester"]

@@ -1,0 +1,52 @@
+"""The operators in groups, and how one is checked on a device.
+
+A file is what a run shares out over processes and machines, so each group has a file of its own. An operator that no
+group names is in the group "others".
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from lockstep.ops.registry import contracts
+from lockstep.ops.suite import check, device_with_values, select
+from lockstep.platforms.registry import load_platform
+
+GROUPS = {
+    "attention": ("attention_decode", "attention_extend", "kv_store"),
+    "elementwise": ("gelu_and_mul", "rope", "silu_and_mul"),
+    "experts": ("fused_moe", "grouped_gemm", "moe_align", "moe_topk_sigmoid", "moe_topk_softmax"),
+    "norms": ("add_rms_norm", "layer_norm", "rms_norm", "var_rms_norm"),
+    "quantised": (
+        "per_token_group_quant_fp8",
+        "per_token_group_quant_int8",
+        "per_token_quant_fp8",
+        "scaled_mm_fp8",
+    ),
+}
+
+
+def operators(group: str) -> list[str]:
+    """Names of the operators of a group."""
+    known = contracts()
+    named = [op for ops in GROUPS.values() for op in ops]
+    assert set(named) <= set(known) and len(named) == len(set(named)), (
+        "a group names what is no operator, or twice"
+    )
+    return list(GROUPS[group]) if group in GROUPS else sorted(set(known) - set(named))
+
+
+def assert_meets_contract(op: str, platform: str) -> None:
+    """Every kernel that can run on the platform's device, on all cases of the contract; every mutant is rejected."""
+    seed = secrets.randbelow(2**31)
+    print(f"seed {seed}: lockstep ops check --op {op} --platform {platform} --seed {seed}")
+    family = load_platform(platform)
+    (selected,) = select(family.capabilities(), op=op)
+    report = check(selected, device_with_values(family), seed)
+    for kernel in report.kernels:
+        print(
+            f"{kernel.provider}: {kernel.num_cases} cases, worst {kernel.worst_share:.2f} in {kernel.worst_case}"
+        )
+    failures = [f"{kernel.provider}: {text}" for kernel in report.kernels for text in kernel.failures]
+    wrong = "\n".join([*failures, *report.accepted_mutants])
+    assert report.kernels and report.passed, wrong or "nothing ran"

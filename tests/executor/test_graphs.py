@@ -1,0 +1,278 @@
+"""Decoding by graphs: sizes, padding, the same bits as the same step without a graph, and the bound kernels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tape_graph import TapeGraph, TapeSelector, tape_attention
+from tiny_models import CONTEXT_LENGTH, LAYOUTS, PAGE_SIZE, Layout, SeededWeights
+
+from lockstep.attention.torch_backend import TorchBackend
+from lockstep.core.sampling import SamplingParams
+from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
+from lockstep.executor.graphs import DecodeGraphs, ladder, why_no_graphs
+from lockstep.executor.inputs import build_inputs
+from lockstep.executor.runner import ModelRunner
+from lockstep.executor.sequences import SequenceTable
+from lockstep.kv.pool.pool import KVPool
+from lockstep.layers.build import Build
+from lockstep.models.registry import model_class
+from lockstep.ops.registry import contracts, kernels
+from lockstep.ops.selection import Binding
+from lockstep.ops.top_k_top_p_sample.kernels.torch import top_k_top_p_sample
+from lockstep.parallel.mesh import Mesh
+from lockstep.platforms.registry import load_platform
+
+pytestmark = pytest.mark.suite("cpu", seconds=8)
+
+HOST = torch.device("cpu")
+MOST_ROWS = 6
+NAMES = ("llama", "qwen3")
+PARAMS = SamplingParams(temperature=0.0, logprobs=2, seed=0, ignore_eos=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Engine:
+    """A runner over a tiny model with hand-made plans; `graphs` are None when every step is eager."""
+
+    def __init__(self, layout: Layout, *, with_graphs: bool) -> None:
+        platform = load_platform("cpu")
+        self.selector = TapeSelector(platform.capabilities(), ("torch",))
+        self.build = Build(
+            Mesh.solo(),
+            HOST,
+            torch.float32,
+            torch.float32,
+            SeededWeights(),
+            self.selector,
+            CONTEXT_LENGTH,
+            PAGE_SIZE,
+        )
+        with torch.inference_mode():
+            self.model = model_class(layout.config).make(self.build, layout.config)
+        self.pool = KVPool(
+            tuple(self.build.kv_layers),
+            num_pages=64,
+            page_size=PAGE_SIZE,
+            dtype=torch.float32,
+            allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype),
+        )
+        self.made: list[TapeGraph] = []
+        attention = tape_attention()
+        self.graphs = DecodeGraphs(
+            self.model.forward,
+            attention,
+            self.pool,
+            most_rows=MOST_ROWS,
+            num_pages=CONTEXT_LENGTH // PAGE_SIZE,
+            device=HOST,
+            new_graph=self._new_graph,
+        )
+        self.runner = ModelRunner(
+            self.model,
+            self.pool,
+            attention,
+            windows=self.build.windows,
+            eos_token_ids=(),
+            device=HOST,
+            sample=top_k_top_p_sample,
+            graphs=self.graphs if with_graphs else None,
+        )
+
+    def _new_graph(self, beside: Any) -> TapeGraph:
+        self.made.append(TapeGraph(beside))
+        return self.made[-1]
+
+
+def decode_plan(step_id: int, lengths: dict[int, int], ended: Sequence[int] = ()) -> StepPlan:
+    """One more token for each sequence, whose pages are 8 s .. 8 s + 7."""
+    slices = tuple(
+        TokenSlice(seq_id, at, 1, (8 * seq_id + at // PAGE_SIZE,) if at % PAGE_SIZE == 0 else (), True)
+        for seq_id, at in lengths.items()
+    )
+    return StepPlan(step_id, (), tuple(ended), slices)
+
+
+def plans(prompts: dict[int, int], shrinking: Sequence[int], num_steps: int) -> list[StepPlan]:
+    """Prompts of these lengths, then steps of single tokens; `shrinking` leave one after the other."""
+    started, slices = [], []
+    for seq_id, length in prompts.items():
+        tokens = tuple((7 * seq_id + 3 * at) % 90 for at in range(length))
+        started.append(SequenceStart(seq_id, PARAMS, tokens, length, 0, ()))
+        pages = tuple(8 * seq_id + page for page in range(-(-length // PAGE_SIZE)))
+        slices.append(TokenSlice(seq_id, 0, length, pages, True))
+    made = [StepPlan(0, tuple(started), (), tuple(slices))]
+    lengths, leaving = dict(prompts), list(shrinking)
+    for step in range(num_steps):
+        ended = [leaving.pop(0)] if leaving and step % 2 else []
+        for seq_id in ended:
+            del lengths[seq_id]
+        made.append(decode_plan(step + 1, lengths, ended))
+        lengths = {seq_id: length + 1 for seq_id, length in lengths.items()}
+    return made
+
+
+def layout_named(name: str) -> Layout:
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+def test_sizes_are_few_and_padding_is_small() -> None:
+    assert ladder(1) == (1,) and ladder(6) == (1, 2, 4, 6)
+    for most in range(1, 300):
+        sizes = ladder(most)
+        assert list(sizes) == sorted(set(sizes)) and sizes[-1] == most and len(sizes) <= 12 + most // 16
+        for rows in range(1, most + 1):
+            size = next(size for size in sizes if size >= rows)
+            assert size - rows < max(1, min(rows, 16)), (most, rows, size)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runner_with_graphs_answers_like_one_without(name: str) -> None:
+    """Batches of every size from six down to one, and prompts, which no graph holds, among them."""
+    layout = layout_named(name)
+    eager, graphed = (Engine(layout, with_graphs=flag) for flag in (False, True))
+    script = plans({0: 3, 1: 9, 2: 1, 3: 4, 4: 12, 5: 2}, [4, 0, 2, 5, 1], 12)
+    late = plans({6: 5}, [], 0)[0]
+    script.insert(5, StepPlan(100, late.started, (), late.slices))
+    for plan in script:
+        wanted, found = eager.runner.execute(plan), graphed.runner.execute(plan)
+        for one, other in zip(found.sequences, wanted.sequences, strict=True):
+            assert one.token_ids == other.token_ids and one.error is None
+            assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-5)
+    for kept, twin in zip(graphed.pool.layers, eager.pool.layers, strict=True):
+        torch.testing.assert_close(kept.k_NPSH, twin.k_NPSH, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept.v_NPSH, twin.v_NPSH, atol=1e-5, rtol=1e-5)
+    assert sum(graph.num_replays for graph in graphed.made) == 12
+    assert not eager.made and len(graphed.made) == len(ladder(MOST_ROWS)) == 4
+    first = graphed.made[0]
+    assert [graph.beside for graph in graphed.made] == [None, first, first, first], "one memory for all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_sequences", [1, 3, 5])
+def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str, num_sequences: int) -> None:
+    """Filled anew each time: what the host knew while recording must not come back."""
+    engine = Engine(layout_named(name), with_graphs=True)
+    prompts = {seq_id: 2 + 3 * seq_id for seq_id in range(num_sequences)}
+    script = plans(prompts, [], 3)
+    sequences = SequenceTable()
+    with torch.inference_mode():
+        for plan in script:
+            engine.runner.execute(plan)
+            sequences.apply(plan)
+            for result_id in prompts:
+                sequences[result_id].append(5)
+        plan = decode_plan(9, {seq_id: length + 3 for seq_id, length in prompts.items()})
+        sequences.apply(plan)
+        num_rows = engine.graphs.num_rows_for(plan)
+        assert num_rows is not None
+        step = engine.graphs.step(num_rows)
+        step.fill(build_inputs(plan, sequences, PAGE_SIZE, HOST, num_rows=num_rows))
+        replayed = step.replay().clone()
+        assert torch.equal(step.run(), replayed) and replayed.isfinite().all()
+        step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, HOST, num_rows=num_rows))
+        assert not torch.equal(step.replay()[:num_sequences], replayed[:num_sequences])
+
+
+def test_padding_is_stored_nowhere() -> None:
+    engine = Engine(layout_named("llama"), with_graphs=True)
+    with torch.inference_mode():
+        for num_rows in ladder(MOST_ROWS):
+            step = engine.graphs.step(num_rows)
+            step.fill(build_inputs(StepPlan(0), SequenceTable(), PAGE_SIZE, HOST, num_rows=num_rows))
+            assert step.replay().isfinite().all()
+    assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
+
+
+def test_inputs_are_padded_with_rows_of_nobody() -> None:
+    sequences, plan = SequenceTable(), plans({1: 5}, [], 0)[0]
+    sequences.apply(plan)
+    inputs = build_inputs(plan, sequences, PAGE_SIZE, HOST, num_rows=8)
+    assert inputs.token_ids_T.tolist() == [7, 10, 13, 16, 19, 0, 0, 0]
+    assert inputs.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
+    assert inputs.slots_T.tolist() == [32, 33, 34, 35, 36, -1, -1, -1]
+    assert len(inputs.spans) == 1 and inputs.first_rows == [0]
+    assert build_inputs(plan, sequences, PAGE_SIZE, HOST).rows_3T.shape == (3, 5)
+
+
+def test_steps_that_no_graph_holds() -> None:
+    graphs = Engine(layout_named("llama"), with_graphs=True).graphs
+    assert graphs.num_rows_for(decode_plan(0, dict.fromkeys(range(5), 3))) == 6
+    assert graphs.num_rows_for(decode_plan(0, dict.fromkeys(range(7), 3))) is None
+    assert graphs.num_rows_for(plans({0: 2, 1: 1}, [], 0)[0]) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_graph_holds_the_bound_kernels_and_no_others(name: str) -> None:
+    """Recording calls each site's bound kernel just as an eager step does; replaying calls nothing of Python."""
+    engine = Engine(layout_named(name), with_graphs=True)
+    calls = engine.selector.calls
+    with torch.inference_mode():
+        step = engine.graphs.step(2)
+        warm_up, recorded = calls[: len(calls) // 2], calls[len(calls) // 2 :]
+        calls.clear()
+        step.run()
+        assert calls == recorded == warm_up
+        calls.clear()
+        step.replay()
+    assert not calls
+    # The head scores what a step leaves; it is no part of the step.
+    sites = {(each.op, each.where) for each in engine.selector.bindings if "(head)" not in each.where}
+    assert set(recorded) == sites
+
+
+def binding(op: str, provider: str) -> Binding:
+    kernel = next(each for each in kernels(op) if each.provider == provider)
+    return Binding(op, "somewhere", kernel, "")
+
+
+def test_why_a_model_gets_no_graphs() -> None:
+    good = [binding(op, "triton") for op in ("rms_norm", "rope", "kv_store", "attention_decode")]
+    assert why_no_graphs(good, tape_attention()) is None
+    # These two are no part of a step of single tokens.
+    rest = [binding("top_k_top_p_sample", "torch"), binding("attention_extend", "torch")]
+    assert why_no_graphs([*good, *rest], tape_attention()) is None
+    assert why_no_graphs([*good, binding("fused_moe", "torch")], tape_attention()) == (
+        "fused_moe.torch reads values on the host"
+    )
+    assert "reference reads values" in str(why_no_graphs([binding("rms_norm", "reference")], tape_attention()))
+    assert why_no_graphs(good, TorchBackend()) == "attention by torch is planned anew for each step"
+
+
+READS = {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.nonzero, torch.Tensor.unique_consecutive}
+READS |= {torch.unique_consecutive, torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.numpy}
+
+
+class ReadsNoted(torch.overrides.TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_read = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.has_read |= func in READS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", sorted(contracts()))
+def test_kernels_that_read_values_say_so(op: str) -> None:
+    for kernel in kernels(op):
+        # Kernels of the host alone are in no graph, and those of other devices cannot run here.
+        if kernel.provider == "reference" or kernel.platforms:
+            continue
+        noted = ReadsNoted()
+        cases = [case for case in contracts()[op].cases() if kernel.refuses(case.signature) is None]
+        for case in cases[:12]:
+            arguments = list(case.make(torch.Generator().manual_seed(1)))
+            for at, argument in enumerate(contracts()[op].arguments):
+                if argument.constant and kernel.prepare is not None:
+                    arguments[at] = kernel.prepare(arguments[at])
+            with noted:
+                kernel.function(*arguments)
+        assert noted.has_read == kernel.asks_host, f"{op}.{kernel.provider}"

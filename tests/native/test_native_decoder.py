@@ -1,0 +1,98 @@
+"""A whole decoder as one native call: the same bits in any company, and nothing outside its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lockstep.native import usable_instruction_sets
+from lockstep.ops.decoder_forward.cases import KINDS, VOCAB_SIZE, Decoder, step
+from lockstep.ops.decoder_forward.kernels.native import Program
+from lockstep.ops.decoder_forward.reference import product
+
+pytestmark = [pytest.mark.suite("cpu", seconds=5), pytest.mark.usefixtures("native")]
+
+BATCH = ((1, 37), (9, 9), (1, 1), (45, 60), (1, 700))
+SETS = usable_instruction_sets()
+
+
+class Prepared:
+    """A random decoder, a step of several sequences, and the step's parts."""
+
+    def __init__(self, kind: str, instruction_set: str, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        given = step(generator, Decoder(kind), BATCH, torch.bfloat16)
+        self.tokens, self.positions, self.slots, table, self.cu_rows, self.num_keys, self.outline, kv = given
+        self.pages = table.flatten().numpy()
+        self.width = table.shape[1]
+        self.pristine = kv
+        self.program = Program(self.outline, instruction_set)
+
+    def run(self, *sequences: int, **changed: Any) -> torch.Tensor:
+        """Hidden rows of some of the sequences, in a pool as it was before."""
+        rows = [torch.arange(int(self.cu_rows[at]), int(self.cu_rows[at + 1])) for at in sequences]
+        spans, first = [], 0
+        for at, own in zip(sequences, rows, strict=True):
+            spans.append((first, len(own), int(self.num_keys[at]), at * self.width))
+            first += len(own)
+        taken = torch.cat(rows)
+        arguments = {
+            "token_ids_T": self.tokens[taken],
+            "positions_T": self.positions[taken],
+            "slots_T": self.slots[taken],
+            "spans": np.array(spans, dtype=np.int32),
+            "pages": self.pages,
+            **changed,
+        }
+        return self.program.step(*arguments.values(), list(self.pristine.clone().unbind()))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_any_company(kind: str, instruction_set: str) -> None:
+    prepared = Prepared(kind, instruction_set, seed=3)
+    alone = [prepared.run(at) for at in range(len(BATCH))]
+    assert torch.equal(prepared.run(0, 1, 2, 3, 4), torch.cat(alone))
+    assert torch.equal(prepared.run(4, 0, 2), torch.cat([alone[4], alone[0], alone[2]]))
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    prepared = Prepared("4 bits, minima", SETS[0], seed=4)
+    several = prepared.run(0, 1, 2, 3, 4)
+    prepared.program.num_threads = 1
+    assert torch.equal(prepared.run(0, 1, 2, 3, 4), several)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_scores_are_finer_than_eight_bits(instruction_set: str) -> None:
+    """Their inputs are taken twice, so what the first rounding to eight bits takes is given back by the second."""
+    prepared = Prepared("8 bits", instruction_set, seed=5)
+    hidden = torch.randn(19, 64, generator=torch.Generator().manual_seed(6))
+    expected = product(prepared.outline.head, hidden.double())
+    found = prepared.program.scores(hidden)
+    assert found.shape == (19, VOCAB_SIZE)
+    rounded = (hidden * 127 / hidden.abs().max()).round() * hidden.abs().max() / 127
+    coarse = (product(prepared.outline.head, rounded.double()) - expected).abs().max()
+    assert (found - expected).abs().max() < coarse / 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("token_ids_T", torch.full((1,), VOCAB_SIZE), "token id"),
+        ("positions_T", torch.full((1,), 10**6), "position"),
+        ("slots_T", torch.full((1,), 10**6), "slot"),
+        ("slots_T", torch.zeros(2, dtype=torch.int64), "one position, slot"),
+        ("pages", np.full(200, 10**6, dtype=np.int32), "page is out of range"),
+        ("pages", np.zeros(0, dtype=np.int32), "fewer pages than keys"),
+        ("spans", np.array([[0, 2, 37, 0]], dtype=np.int32), "do not cover the rows"),
+        ("spans", np.array([[0, 1, 0, 0]], dtype=np.int32), "with rows and keys"),
+    ],
+)
+def test_what_would_leave_its_memory_is_refused(name: str, value: Any, says: str) -> None:
+    prepared = Prepared("8 bits", SETS[0], seed=7)
+    with pytest.raises(ValueError, match=says):
+        prepared.run(0, **{name: value})
