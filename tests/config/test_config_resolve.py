@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lockstep.config import Given, ModelFacts, Resolution, gather, resolve, resolve_server
 from lockstep.config.components import COMPONENTS, OPTIONS
-from lockstep.config.memory import SMALLEST_POOL_TOKENS, human_bytes
+from lockstep.config.memory import SMALLEST_POOL_TOKENS, MemoryPlan, human_bytes
 from lockstep.config.option import AUTO
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, OutOfMemory
@@ -320,3 +320,27 @@ def test_config_needs_no_torch() -> None:
         "lockstep.config.reference.reference_page()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+MIXTURE = dataclasses.replace(
+    LARGE, num_parameters=8_000_000_000, num_experts=8, num_expert_parameters=6_000_000_000
+)
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_expert_ranks_copy_everything_but_experts(tp: int, ep: int) -> None:
+    """bfloat16: 12 GB of experts once, 4 GB of the rest for each set of tensor-parallel ranks."""
+    resolution = resolved(MIXTURE, FAST_HOST, available_bytes=200 * GIB, tp=tp, ep=ep)
+    assert resolution.config.device.threads == 8 // (tp * ep)
+    on_host, on_card = (
+        MemoryPlan.of(MIXTURE, values(resolution), available_bytes=200 * GIB, ranks_share_memory=is_host)
+        for is_host in (True, False)
+    )
+    assert on_host.weight_bytes == 12_000_000_000 + ep * 4_000_000_000
+    assert on_card.weight_bytes == 12_000_000_000 // (tp * ep) + 4_000_000_000 // tp
+    assert on_host.token_bytes == tp * ep * on_card.token_bytes
+
+
+def test_devices_for_every_rank() -> None:
+    with pytest.raises(ConfigError, match=r"--tp 2 with --ep 4 needs 8 devices, but cuda has 4; lower them"):
+        resolved(MIXTURE, GPU, tp=2, ep=4)

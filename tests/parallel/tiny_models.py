@@ -136,6 +136,9 @@ class SeededWeights:
             values = values.narrow(part.dim, part.start, part.length)
         return values.to(dtype).contiguous()
 
+    def load_grouped(self, name: str, shape: tuple[int, ...], part: Slice | None) -> None:
+        """Drawn values are plain ones."""
+
 
 def build_over(
     mesh: Mesh, weights: Weights, *, meta: bool = False, dtype: torch.dtype = torch.float32

@@ -16,7 +16,7 @@ from lockstep.bench.report import Report, figure_table
 from lockstep.config import Given
 from lockstep.core.errors import ConfigError
 
-PROMPT = "What is the capital of France?"
+PROMPT = "What is the capital of Japan?"
 TARGET_S = 6.0
 
 

@@ -63,7 +63,7 @@ def lockstep() -> None:
     model answers.
 
     \b
-    lockstep run "What is the capital of France?"
+    lockstep run "What is the capital of Japan?"
     lockstep chat path/to/model.gguf
     lockstep serve --port 8000
     """

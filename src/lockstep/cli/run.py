@@ -41,7 +41,7 @@ def command(
     same question gets the same, likeliest answer.
 
     \b
-    lockstep run "What is the capital of France?"
+    lockstep run "What is the capital of Japan?"
     lockstep run "List three colours." --json-schema colours.json
     git diff | lockstep run - path/to/model --system "Write a commit message."
     """
