@@ -79,7 +79,7 @@ def test_lower_priority_numbers_run_first(idle: Served) -> None:
         ended: list[int] = []
 
         async with asking(idle.url, headers=BEARER) as asker:
-            blocker = asker.start(story(0, 60, stream=True))
+            blocker = asker.start(story(0, 500, stream=True))
             await all_begun([blocker])
 
             async def one(priority: int) -> None:
@@ -119,7 +119,7 @@ def test_a_deadline_does_not_outlive_its_request(idle: Served) -> None:
     first = idle.http.post(COMPLETIONS, json=story(0, 1, request_id="again", deadline_s=0.4))
     assert first.json()["choices"][0]["finish_reason"] == "length"
     begin_s = time.monotonic()
-    second = idle.http.post(COMPLETIONS, json=story(0, 100, request_id="again"))
+    second = idle.http.post(COMPLETIONS, json=story(0, 600, request_id="again"))
     assert second.json()["choices"][0]["finish_reason"] == "length"
     assert time.monotonic() - begin_s > 0.4, "too quick to show anything"
 
@@ -129,14 +129,14 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(idle: Served) -> None:
 
     async def crowd() -> None:
         async with asking(idle.url, headers=BEARER) as asker:
-            batch = asker.start(story(0, 40, prompt=["one", "two"], request_id="mine", stream=True))
+            batch = asker.start(story(0, 400, prompt=["one", "two"], request_id="mine", stream=True))
             await all_begun([batch])
             for request_id in ("mine", "mine-0", "mine-1"):
                 refused = await asker.ask(story(1, 4, request_id=request_id))
                 assert refused.status == 400, refused
                 assert refused.error["param"] == "request_id"
             owner = await batch.outcome()
-            assert owner.is_complete and owner.usage["completion_tokens"] == 80
+            assert owner.is_complete and owner.usage["completion_tokens"] == 800
 
     asyncio.run(crowd())
 
@@ -144,7 +144,7 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(idle: Served) -> None:
 def test_abort_by_id_ends_one_request(idle: Served) -> None:
     async def crowd() -> None:
         async with asking(idle.url, headers=BEARER) as asker:
-            asked = [asker.start(story(n, 500, stream=n == 0, request_id=f"job-{n}")) for n in range(2)]
+            asked = [asker.start(story(n, 3000, stream=n == 0, request_id=f"job-{n}")) for n in range(2)]
             asked.append(asker.start({"text": "native", "rid": "job-2"}, "/generate"))
             await all_begun(asked[:1])
             await queued(idle, 2)
