@@ -144,7 +144,7 @@ def test_a_killed_worker_is_noticed_without_a_collective(tmp_path: Path) -> None
 def test_of_two_replicas_the_other_serves_on(tmp_path: Path) -> None:
     async def crowd(server: Served) -> list[Outcome]:
         async with asking(server.url) as asker:
-            asked = [asker.start(story(n, 120, stream=n % 4 < 2)) for n in range(16)]
+            asked = [asker.start(story(n, 500, stream=n % 4 < 2)) for n in range(16)]
             await some_begun(asked, 8)
             victim = server.engines()[0]
             victim.kill()
@@ -160,7 +160,7 @@ def test_of_two_replicas_the_other_serves_on(tmp_path: Path) -> None:
         found = asyncio.run(crowd(server))
         completed = [outcome for outcome in found if outcome.is_complete]
         assert len(completed) == 8, "half of the requests were the other replica's"
-        assert all(outcome.usage["completion_tokens"] == 120 for outcome in completed)
+        assert all(outcome.usage["completion_tokens"] == 500 for outcome in completed)
         assert_each_was_told([outcome for outcome in found if not outcome.is_complete], "ended unexpectedly")
         assert server.http.get("/health").status_code == 200
         eventually(lambda: len(server.engines()) == 2 and server.is_idle(), BACK_WITHIN_S)
