@@ -10,9 +10,12 @@
 namespace lockstep {
 namespace {
 
-// Up to here each thread takes its fixed part of a product's outputs and streams through the weights once. Above, rows
-// are cut in blocks that stay in cache, and threads take panels as they become free.
+// Up to kAloneRows each thread takes its fixed part of a product's outputs and streams through the weights once, up to
+// kFewRows threads take some groups of outputs as they become free, so that one that loses its core for a moment does
+// not hold up the others for as long. Above, rows are cut in blocks that stay in cache too.
+constexpr int kAloneRows = 4;
 constexpr int kFewRows = 32;
+constexpr int kFewRowGroups = 6;
 constexpr int kRowBlock = 256;
 constexpr int kPanelGroups = 3;
 constexpr int kScoreGroups = 48;
@@ -179,9 +182,9 @@ class Decoder::Step {
   }
 
   void score(const Weight& weight, float* out, int64_t stride) {
-    const Range mine = share(weight.num_groups, thread_, team_.num_threads());
     const uint8_t* rows = buffers_.rows[weight.store == Store::kBF16].data();
     if (weight.store == Store::kBF16) {
+      const Range mine = share(weight.num_groups, thread_, team_.num_threads());
       if (mine.begin < mine.end) {
         products_.product(weight, mine.begin, mine.end, rows, num_rows_, out, stride, scratch_);
       }
@@ -189,8 +192,10 @@ class Decoder::Step {
     }
     // A few groups at a time, so that both sums of a row meet in cache.
     float* both = buffers_.twice.data() + static_cast<int64_t>(thread_) * 2 * num_rows_ * kScoreGroups * kGroup;
-    for (int begin = mine.begin; begin < mine.end; begin += kScoreGroups) {
-      const int end = std::min(begin + kScoreGroups, mine.end), width = (end - begin) * kGroup;
+    const int phase = phase_++, num_tasks = (weight.num_groups + kScoreGroups - 1) / kScoreGroups;
+    for (int task = team_.next(phase); task < num_tasks; task = team_.next(phase)) {
+      const int begin = task * kScoreGroups, end = std::min(begin + kScoreGroups, weight.num_groups);
+      const int width = (end - begin) * kGroup;
       products_.product(groups_of(weight, begin, end), 0, end - begin, rows, 2 * num_rows_, both,
                         kScoreGroups * kGroup, scratch_);
       for (int row = 0; row < num_rows_; ++row) {
@@ -258,17 +263,18 @@ class Decoder::Step {
   // Calls body(begin, end, first row, number of rows) for this thread's tasks of `num_groups` groups of outputs.
   template <class Body>
   void for_groups(int num_groups, const Body& body) {
-    if (num_rows_ <= kFewRows) {
+    if (num_rows_ <= kAloneRows) {
       const Range part = share(num_groups, thread_, team_.num_threads());
       if (part.begin < part.end) body(part.begin, part.end, 0, num_rows_);
       return;
     }
-    const int panels = (num_groups + kPanelGroups - 1) / kPanelGroups;
+    const int panel_groups = num_rows_ <= kFewRows ? kFewRowGroups : kPanelGroups;
+    const int panels = (num_groups + panel_groups - 1) / panel_groups;
     const int row_blocks = (num_rows_ + kRowBlock - 1) / kRowBlock;
     const int phase = phase_++;
     for (int task = team_.next(phase); task < panels * row_blocks; task = team_.next(phase)) {
       const int panel = task % panels, first_row = task / panels * kRowBlock;
-      body(panel * kPanelGroups, std::min((panel + 1) * kPanelGroups, num_groups), first_row,
+      body(panel * panel_groups, std::min((panel + 1) * panel_groups, num_groups), first_row,
            std::min(kRowBlock, num_rows_ - first_row));
     }
   }
@@ -521,7 +527,7 @@ void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positi
   scratch_bytes = std::max(scratch_bytes, rows_.attention_scratch_bytes(widest));
   scratch_bytes = (scratch_bytes + 63) / 64 * 64;
   buffers.scratch.need(scratch_bytes * num_threads);
-  const int phases_of_block = num_rows <= kFewRows ? 1 : 5;
+  const int phases_of_block = num_rows <= kAloneRows ? 1 : 5;
   pool_.run(num_threads, static_cast<int>(model_.blocks.size()) * phases_of_block, [&](int thread, Team& team) {
     Step step(*this, team, thread, num_rows);
     step.set_inputs(token_ids, positions, slots, &spans, &tasks, scratch_bytes);
@@ -540,7 +546,7 @@ void Decoder::scores(int num_rows, const float* hidden, int num_threads, float* 
   buffers.twice.need(static_cast<int64_t>(num_threads) * 2 * num_rows * kScoreGroups * kGroup);
   scratch_bytes = (scratch_bytes + 63) / 64 * 64;
   buffers.scratch.need(scratch_bytes * num_threads);
-  pool_.run(num_threads, 0, [&](int thread, Team& team) {
+  pool_.run(num_threads, static_cast<int>(model_.head.weights.size()), [&](int thread, Team& team) {
     Step step(*this, team, thread, num_rows);
     step.set_scratch(scratch_bytes);
     step.run_head(hidden, scores, scores_stride);

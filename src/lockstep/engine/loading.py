@@ -14,7 +14,7 @@ from lockstep.attention.span_backend import SpanBackend
 from lockstep.config import EngineConfig, ModelFacts
 from lockstep.core.probe import Probe
 from lockstep.executor.fused import fuse
-from lockstep.executor.threads import ThreadGovernor
+from lockstep.executor.threads import SHARING_FULL_SHARE, ThreadGovernor
 from lockstep.layers.build import Build, Slice, Weights
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
@@ -72,7 +72,7 @@ def load_model(
         fused = fuse(model, whole)
         # The kernel has threads of its own; torch's would spin beside them.
         platform.set_num_threads(1)
-        governor = ThreadGovernor(config.device.threads, fused.set_num_threads)
+        governor = ThreadGovernor(config.device.threads, fused.set_num_threads, full_share=SHARING_FULL_SHARE)
         return LoadedModel(build, fused, SpanBackend(), sample, governor, tuple(build.kernels.bindings))
     attention, attends = bind_attention(config, platform, build)
     return LoadedModel(build, model, attention, sample, governor, (*build.kernels.bindings, *attends))

@@ -16,6 +16,7 @@ from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.request import Request
 from lockstep.core.sampling import Grammar
+from lockstep.engine.inbox import Inbox
 from lockstep.engine.messages import Abort, AskStats, FlushCache, Rejected, Reply, Sequences, Submit
 from lockstep.engine.model_files import open_files, open_tokenizer
 from lockstep.engine.output import OutputProcessor
@@ -28,8 +29,6 @@ _LOG = logging.getLogger("lockstep.engine")
 CALL_TIMEOUT_S = 30.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 
-_Inbox = asyncio.Queue[RequestOutput | LockstepError]
-
 
 class _Seat:
     """The place of one replica: its process now, what it owes, and its restarts."""
@@ -37,7 +36,7 @@ class _Seat:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.replica: Replica | None = None
         self.processor = OutputProcessor(tokenizer)
-        self.inboxes: dict[str, _Inbox] = {}
+        self.inboxes: dict[str, Inbox] = {}
         self.calls: dict[int, asyncio.Future[Reply]] = {}
 
     @property
@@ -49,7 +48,7 @@ class _Seat:
         """Everybody who waits for this engine learns that it is gone."""
         for request_id, inbox in self.inboxes.items():
             self.processor.drop(request_id)
-            inbox.put_nowait(error)
+            inbox.put(error)
         for call in self.calls.values():
             if not call.done():
                 call.set_exception(error)
@@ -128,16 +127,14 @@ class ProcessClient:
                 f"a request with the id {request.request_id!r} is still running", param="request_id"
             )
         seat = self._least_loaded()
-        inbox: _Inbox = asyncio.Queue()
+        inbox = Inbox()
         seat.inboxes[request.request_id] = inbox
         seat.processor.add(request)
         replica = seat.replica
         try:
             await self._send(seat, Submit(request))
             while True:
-                found = await inbox.get()
-                if isinstance(found, LockstepError):
-                    raise found
+                found = await inbox.next(sum(len(each.inboxes) for each in self._seats))
                 yield found
                 if found.finished:
                     return
@@ -242,12 +239,12 @@ class ProcessClient:
             if isinstance(event, Sequences):
                 outputs, to_abort = seat.processor.push(event.events)
                 for output in outputs:
-                    seat.inboxes[output.request_id].put_nowait(output)
+                    seat.inboxes[output.request_id].put(output)
                 for request_id in to_abort:
                     await replica.send(Abort(request_id))
             elif isinstance(event, Rejected):
                 if seat.processor.drop(event.request_id):
-                    seat.inboxes[event.request_id].put_nowait(rejection(event))
+                    seat.inboxes[event.request_id].put(rejection(event))
             elif isinstance(event, Reply):
                 call = seat.calls.get(event.call_id)
                 if call is not None and not call.done():

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 FULL_SHARE = 0.85
 """Of the processor time that its threads could have used, what an undisturbed step gets at least: waiting threads
 spin, so they count as busy."""
+SHARING_FULL_SHARE = 0.55
+"""The same where threads take work as they become free: one that loses its core for a moment holds nobody up, so that
+two are better than one as long as the second gets a good part of its core."""
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.25, 8.0
 SHORTEST_JUDGED_S = 2e-3
 
@@ -29,11 +32,13 @@ class ThreadGovernor:
         num_threads: int,
         set_num_threads: Callable[[int], None],
         *,
+        full_share: float = FULL_SHARE,
         wall_s: Callable[[], float] = time.perf_counter,
         processor_s: Callable[[], float] = time.process_time,
     ) -> None:
         self._num_threads = num_threads
         self._set_num_threads = set_num_threads
+        self._full_share = full_share
         self._wall_s = wall_s
         self._processor_s = processor_s
         self._single_until_s = 0.0
@@ -54,7 +59,7 @@ class ThreadGovernor:
             self._judge(wall_s, self._processor_s() - begin_processor_s)
 
     def _judge(self, wall_s: float, processor_s: float) -> None:
-        if processor_s < FULL_SHARE * wall_s * self._threads_now:
+        if processor_s < self._full_share * wall_s * self._threads_now:
             self._single_until_s = self._wall_s() + self._backoff_s
             self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
         else:
