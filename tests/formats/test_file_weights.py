@@ -219,3 +219,16 @@ def test_refusals_name_the_tensor(tmp_path: Path) -> None:
         weights.load("cube", torch.float32, dim=1, start=0, length=1)
     with pytest.raises(ModelFileError, match=r"a slice needs its dim"):
         weights.load("model.norm.weight", torch.float32, start=1)
+
+
+def test_what_is_forgotten_is_read_again(tmp_path: Path) -> None:
+    """Giving the memory of a tensor back changes no value, not even of views that are still held."""
+    from lockstep.formats import embedded_model_path
+
+    source = FileWeights(open_model(embedded_model_path()))
+    name = "model.layers.0.mlp.down_proj.weight"
+    held, _ = source.raw(name)
+    before = held.clone()
+    source.forget(name)
+    assert torch.equal(held, before)
+    assert torch.equal(source.raw(name).data, before)

@@ -43,7 +43,9 @@ class StoredWeights:
             data, storage = self._source.raw(name)
         else:
             data, storage = self._source.raw(name, dim=part.dim, start=part.start, length=part.length)
-        return storage.grouped(data)
+        weight = storage.grouped(data)
+        self._source.forget(name)
+        return weight
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         stored = tuple(self._source.info(name).shape)

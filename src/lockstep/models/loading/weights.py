@@ -61,6 +61,10 @@ class WeightSource(Protocol):
         """The same slice in packed form, rows in Hugging Face's order; a slice of dim 1 is whole blocks."""
         ...
 
+    def forget(self, name: str) -> None:
+        """Says that what was read of a tensor is copied by now: its memory may be given back."""
+        ...
+
 
 class FileWeights:
     """The tensors of a model's files, mapped into memory when first asked for."""
@@ -116,6 +120,17 @@ class FileWeights:
         storage = storage_type_of(info)
         part = _Part.of(info, dim, start, length)
         return PackedTensor(self._rows(info, storage, part), storage)
+
+    def forget(self, name: str) -> None:
+        """Gives back the memory of a tensor's part of its file: read pages count as the process's own until then.
+
+        Views stay valid and are read from the file again.
+        """
+        info = self.info(name)
+        first = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._map(info.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _rows(self, info: TensorInfo, storage: StorageType, part: _Part) -> torch.Tensor:
         """The packed bytes of a part, a view of the file where the rows are stored in order."""
