@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from lockstep.engine.llm import LLM
+from lockstep.executor.fused import FusedDecoder
 from lockstep.native import usable_instruction_sets
 from lockstep.ops.decoder_forward.cases import KINDS, VOCAB_SIZE, Decoder, step
 from lockstep.ops.decoder_forward.kernels.native import Program
@@ -96,3 +98,11 @@ def test_what_would_leave_its_memory_is_refused(name: str, value: Any, says: str
     prepared = Prepared("8 bits", SETS[0], seed=7)
     with pytest.raises(ValueError, match=says):
         prepared.run(0, **{name: value})
+
+
+def test_a_model_uses_the_threads_that_it_was_given() -> None:
+    """--threads is heard by the native threads, and torch's own stay out of their way."""
+    with LLM(threads=1, max_total_tokens=512) as llm:
+        model = llm._engine.rank.core.executor._model  # type: ignore[attr-defined]
+        assert isinstance(model, FusedDecoder)
+        assert model._program.num_threads == 1 == torch.get_num_threads()

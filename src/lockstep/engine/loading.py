@@ -72,6 +72,7 @@ def load_model(
         fused = fuse(model, whole)
         # The kernel has threads of its own; torch's would spin beside them.
         platform.set_num_threads(1)
+        fused.set_num_threads(config.device.threads)
         governor = ThreadGovernor(config.device.threads, fused.set_num_threads, full_share=SHARING_FULL_SHARE)
         return LoadedModel(build, fused, SpanBackend(), sample, governor, tuple(build.kernels.bindings))
     attention, attends = bind_attention(config, platform, build)
