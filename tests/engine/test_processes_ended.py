@@ -14,7 +14,7 @@ import pytest
 from askers import Outcome, asking, off_loop, some_begun, story
 from served import COMMAND, NULL, REAL, Served, clean_environment, eventually, is_live, served
 
-pytestmark = pytest.mark.suite("cpu")
+pytestmark = pytest.mark.suite("cpu", exclusive=True)
 
 END_WITHIN_S = 10.0
 ORPHANS_END_WITHIN_S = 5.0

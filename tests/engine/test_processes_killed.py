@@ -15,7 +15,7 @@ from served import CHAT, LONG, NULL, REAL, Served, eventually, is_live, served
 
 from lockstep.formats import embedded_model_path
 
-pytestmark = pytest.mark.suite("cpu")
+pytestmark = pytest.mark.suite("cpu", exclusive=True)
 
 BACK_WITHIN_S = 30.0
 TOLD_WITHIN_S = 5.0

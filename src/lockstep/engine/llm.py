@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,9 @@ class LLM:
             (lambda done, total: progress("Loading weights", done, total)) if progress is not None else None
         )
         self._engine = Engine(given, progress=report, probe=probe)
+        # An LLM that nobody closed ends its workers before the interpreter goes: torch's collectives let go of tensors
+        # in threads of their own, which must not happen after that.
+        weakref.finalize(self, self._engine.close)
         self.tokenizer: Tokenizer = self._engine.tokenizer
         self._grammars = GrammarCompiler(self.tokenizer)
         self._processor = OutputProcessor(self.tokenizer)
