@@ -104,12 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        # Counted until the reply is sent, not longer: the client may ask again before this thread goes on.
         with self.server.counted(body):
             time.sleep(self.server.pause_s)
-            if self.server.failure is not None:
-                self._say(self.server.failure, {"error": {"message": "the queue is full"}})
-                return
             text = self.server.speaker(last_question(body["prompt"]))
+        if self.server.failure is not None:
+            self._say(self.server.failure, {"error": {"message": "the queue is full"}})
+        else:
             self._say(200, self.server.reply or {"choices": [{"text": text, "finish_reason": "stop"}]})
 
     def _say(self, status: int, value: dict[str, Any]) -> None:
