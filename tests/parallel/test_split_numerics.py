@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import LAYOUTS, Layout, SeededWeights, TinyModel, build_over
 
-from lockstep.core.errors import ConfigError, PlacementError
+from lockstep.core.errors import ConfigError, EngineDead, PlacementError
 from lockstep.parallel import processes
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.placement import Partial, Sharded, gather, reduce
@@ -35,12 +38,19 @@ def quick_and_single_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
 
 
-def on_ranks(size: int, store: Path, work: Callable[[Mesh], torch.Tensor]) -> list[torch.Tensor]:
+def on_ranks(
+    size: int, store: Path, work: Callable[[Mesh], torch.Tensor], look: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
     """What `work` gives on each rank of one axis."""
-    return on_mesh({"tp": size}, store, work)
+    return on_mesh({"tp": size}, store, work, look)
 
 
-def on_mesh(sizes: dict[str, int], store: Path, work: Callable[[Mesh], torch.Tensor]) -> list[torch.Tensor]:
+def on_mesh(
+    sizes: dict[str, int],
+    store: Path,
+    work: Callable[[Mesh], torch.Tensor],
+    look: Callable[[], None] = lambda: None,
+) -> list[torch.Tensor]:
     """What `work` gives on each rank: threads of this process, joined by real Gloo groups."""
     found: dict[int, torch.Tensor] = {}
     failures: list[BaseException] = []
@@ -48,7 +58,7 @@ def on_mesh(sizes: dict[str, int], store: Path, work: Callable[[Mesh], torch.Ten
     def rank_main(rank: int) -> None:
         try:
             with torch.inference_mode():
-                mesh = connect(sizes, rank=rank, store=store, backend="gloo", device=CPU)
+                mesh = connect(sizes, rank=rank, store=store, backend="gloo", device=CPU, check_peers=look)
                 found[rank] = work(mesh)
         except BaseException as error:
             failures.append(error)
@@ -172,6 +182,42 @@ def test_two_meshes_live_in_one_process(tmp_path: Path) -> None:
     for found in on_ranks(2, tmp_path / "store", work):
         assert found.tolist() == [3.0, 3.0, 30.0, 30.0]
     assert not torch.distributed.is_initialized()
+
+
+def test_a_peer_that_is_gone_ends_a_wait_that_gloo_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 never comes, and its connection stays open: nothing but the look at the peers can tell."""
+    monkeypatch.setattr(processes, "LOOK_EVERY", timedelta(milliseconds=50))
+    looks = itertools.count(1)
+    left = threading.Event()
+
+    def look() -> None:
+        if next(looks) == 3:
+            raise EngineDead("rank 1 is gone")
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        if mesh.rank("tp") == 1:
+            assert left.wait(20)
+            return torch.zeros(1)
+        with pytest.raises(EngineDead, match="rank 1 is gone"):
+            reduce(Partial(torch.ones(3), "tp"), mesh)
+        left.set()
+        return torch.ones(1)
+
+    assert [each.item() for each in on_ranks(2, tmp_path / "store", work, look)] == [1.0, 0.0]
+    assert next(looks) == 4
+
+
+def test_a_slow_peer_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "LOOK_EVERY", timedelta(milliseconds=20))
+
+    def work(mesh: Mesh) -> torch.Tensor:
+        if mesh.rank("tp") == 1:
+            time.sleep(0.3)
+        return reduce(Partial(torch.ones(3), "tp"), mesh)
+
+    assert [each.tolist() for each in on_ranks(2, tmp_path / "store", work)] == [[2.0] * 3] * 2
 
 
 def test_one_rank_needs_nobody(tmp_path: Path) -> None:

@@ -77,10 +77,13 @@ def replays(kernel: Kernel, first: tuple[Any, ...], second: tuple[Any, ...]) -> 
         if isinstance(held, torch.Tensor):
             held.copy_(value)
     graph.replay()
-    same = all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, wanted, strict=True)
-    )
+    same = all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(found, wanted, strict=True))
     return None if same else "the replay differs from the eager call"
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Its values bit by bit, whatever its dtype and strides."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +16,7 @@ from lockstep.engine.loop import EngineLoop
 from lockstep.engine.model_files import open_files, open_tokenizer
 from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
+from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.processes import connect
 from lockstep.platforms.registry import load_platform
 from lockstep.tokenizer.tokenizer import Tokenizer
@@ -33,20 +34,28 @@ class AssembledRank:
 
 
 class Engine:
-    """One replica: the loop of the first rank, its workers, the tokenizer. `close` releases everything."""
+    """One replica: the loop of the first rank, its workers, the tokenizer. `close` releases everything.
+
+    `run_dir` is a private folder for the sockets to the workers; without one a temporary folder is made.
+    """
 
     def __init__(
-        self, options: Mapping[str, Any], *, progress: Progress | None = None, probe: Probe | None = None
+        self,
+        options: Mapping[str, Any],
+        *,
+        run_dir: Path | None = None,
+        progress: Progress | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.opened: OpenedModel = open_for_running(options)
         config = self.opened.config
         self.tokenizer: Tokenizer = open_tokenizer(
             self.opened.files, config.model.tokenizer, config.model.chat_template
         )
-        self._run_dir: TemporaryDirectory[str] | None = None
+        self._own_dir: TemporaryDirectory[str] | None = None
         self._ranks: Ranks | None = None
         try:
-            store = self._start_workers(config)
+            store = self._start_workers(config, run_dir)
             self.rank = self._build_first(store, progress, probe)
             if self._ranks is not None:
                 self._ranks.wait_ready()
@@ -71,23 +80,31 @@ class Engine:
         if self._ranks is not None:
             self._ranks.close()
             self._ranks = None
-        if self._run_dir is not None:
-            self._run_dir.cleanup()
-            self._run_dir = None
+        if self._own_dir is not None:
+            self._own_dir.cleanup()
+            self._own_dir = None
 
     def _build_first(self, store: Path | None, progress: Progress | None, probe: Probe | None) -> BuiltRank:
         try:
-            return _build(self.opened, self.tokenizer, 0, store, progress, probe)
+            return self._build_and_watch(store, progress, probe)
         except RuntimeError:
             # Collectives report a peer that is gone by a broken connection; the worker's own words say why.
             self.check(DYING_S)
             raise
 
-    def _start_workers(self, config: EngineConfig) -> Path | None:
+    def _build_and_watch(self, store: Path | None, progress: Progress | None, probe: Probe | None) -> BuiltRank:
+        mesh = _connect(self.opened, 0, store, self.check)
+        if self._ranks is not None:
+            self._ranks.watch(mesh.abort)
+        return _build(self.opened, self.tokenizer, mesh, progress, probe)
+
+    def _start_workers(self, config: EngineConfig, run_dir: Path | None) -> Path | None:
         if config.parallel.num_ranks == 1:
             return None
-        self._run_dir = new_run_dir()
-        self._ranks = Ranks(config, Path(self._run_dir.name))
+        if run_dir is None:
+            self._own_dir = new_run_dir()
+            run_dir = Path(self._own_dir.name)
+        self._ranks = Ranks(config, run_dir)
         return self._ranks.store
 
 
@@ -97,24 +114,25 @@ def assemble_rank(config: EngineConfig, *, rank: int, store: Path) -> AssembledR
     platform = load_platform(config.device.device)
     opened = reopen(files, platform, config)
     tokenizer = open_tokenizer(files, config.model.tokenizer, config.model.chat_template)
-    return AssembledRank(_build(opened, tokenizer, rank, store, None, None), opened.card)
+    # When the first rank is gone, the lifeline ends this one.
+    mesh = _connect(opened, rank, store, lambda: None)
+    return AssembledRank(_build(opened, tokenizer, mesh, None, None), opened.card)
 
 
-def _build(
-    opened: OpenedModel,
-    tokenizer: Tokenizer,
-    rank: int,
-    store: Path | None,
-    progress: Progress | None,
-    probe: Probe | None,
-) -> BuiltRank:
-    mesh = connect(
+def _connect(opened: OpenedModel, rank: int, store: Path | None, check_peers: Callable[[], None]) -> Mesh:
+    return connect(
         opened.config.parallel.mesh_sizes,
         rank=rank,
         store=store or Path(),
         backend=opened.capabilities.collective_backend,
         device=opened.platform.device(rank),
+        check_peers=check_peers,
     )
+
+
+def _build(
+    opened: OpenedModel, tokenizer: Tokenizer, mesh: Mesh, progress: Progress | None, probe: Probe | None
+) -> BuiltRank:
     return build_rank(
         opened.files,
         opened.facts,

@@ -34,10 +34,11 @@ PROGRESS_INTERVAL_S = 0.1
 def main() -> None:
     """Reads an EngineSpec from standard input and runs until Shutdown, or until its client is gone."""
     spec = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSpec)
-    follow_lifeline(Path(spec.commands_address.removeprefix("ipc://")).parent)
+    run_dir = Path(spec.commands_address.removeprefix("ipc://")).parent
+    follow_lifeline(run_dir)
     channel = _Channel(spec)
     try:
-        _run(spec, channel)
+        _run(spec, run_dir, channel)
     except Exception as error:  # the client must learn why, whatever it was
         channel.send(Failed(type(error).__name__, str(error)))
         channel.close()
@@ -74,11 +75,11 @@ class _Channel:
         self._context.term()
 
 
-def _run(spec: EngineSpec, channel: _Channel) -> None:
+def _run(spec: EngineSpec, run_dir: Path, channel: _Channel) -> None:
     from lockstep.engine.assembly import Engine
 
     options = {name: Given(_plain(value), source) for name, (value, source) in spec.options.items()}
-    engine = Engine(options, progress=_Throttled(channel))
+    engine = Engine(options, run_dir=run_dir, progress=_Throttled(channel))
     try:
         decisions = [
             {"name": made.name, "value": made.value, "source": made.source, "why": made.why}

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,8 @@ from lockstep.engine.messages import Failed, Ready, StepInputs, WorkerSpec, deco
 
 START_TIMEOUT_S = 300.0
 SEND_TIMEOUT_S = 0.2
+NOTICED_S = 3.0
+"""Time in which the first rank should have seen by itself that a worker is gone."""
 
 
 class Ranks:
@@ -35,6 +38,8 @@ class Ranks:
         self.store = run_dir / "rendezvous"
         self._inputs: list[zmq.Socket[bytes]] = []
         self._workers: list[subprocess.Popen[bytes]] = []
+        self._closing = threading.Event()
+        self._last_word = ""
         self._events: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         events_address = f"ipc://{run_dir}/ranks-events"
         self._events.bind(events_address)
@@ -82,6 +87,21 @@ class Ranks:
                 return
             time.sleep(0.02)
 
+    def watch(self, break_off: Callable[[], None]) -> None:
+        """From now on `break_off` is called, in a thread of its own, when a worker's end went unnoticed for a while.
+
+        A device may wait for a peer that is gone without end, and the first rank for its device.
+        """
+        threading.Thread(target=self._watch, args=(break_off,), name="watch ranks", daemon=True).start()
+
+    def _watch(self, break_off: Callable[[], None]) -> None:
+        workers = tuple(self._workers)
+        while all(worker.poll() is None for worker in workers):
+            if self._closing.wait(0.5):
+                return
+        if not self._closing.wait(NOTICED_S):
+            break_off()
+
     def _send(self, socket: zmq.Socket[bytes], data: bytes) -> None:
         while True:
             try:
@@ -90,14 +110,14 @@ class Ranks:
                 self.check()
 
     def _obituary(self, rank: int, code: int) -> str:
-        word = ""
         if self._events.poll(0):
             event = decode_event(self._events.recv())
-            word = f": {event.message}" if isinstance(event, Failed) else ""
-        return f"the worker process of rank {rank} ended with code {code}{word}"
+            self._last_word = f": {event.message}" if isinstance(event, Failed) else ""
+        return f"the worker process of rank {rank} ended with code {code}{self._last_word}"
 
     def close(self) -> None:
         """Ends the workers and waits for them. May be called twice."""
+        self._closing.set()
         for worker in self._workers:
             end_process(worker)
         for socket in (*self._inputs, self._events):

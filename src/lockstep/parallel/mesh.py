@@ -59,21 +59,31 @@ class ShapeGroup:
 
 
 class TorchGroup:
-    """Ranks of one torch process group, called directly: torch's global default group is not used."""
+    """Ranks of one torch process group, called directly: torch's global default group is not used.
 
-    def __init__(self, process_group: torch.distributed.ProcessGroup) -> None:
+    `wait` returns when the work it is given is done, or enqueued where devices wait for it themselves.
+    """
+
+    def __init__(
+        self, process_group: torch.distributed.ProcessGroup, wait: Callable[[torch.distributed.Work], None]
+    ) -> None:
         self._process_group = process_group
+        self._wait = wait
         self.rank = process_group.rank()
         self.size = process_group.size()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._process_group.allreduce([tensor]).wait()
+        self._wait(self._process_group.allreduce([tensor]))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        self._process_group.allgather([parts], [tensor.contiguous()]).wait()
+        self._wait(self._process_group.allgather([parts], [tensor.contiguous()]))
         return torch.cat(parts, dim)
+
+    def abort(self) -> None:
+        """Breaks off what this rank waits for on its device; the group is of no use after that."""
+        self._process_group.abort()
 
 
 class Line(NamedTuple):
@@ -135,6 +145,12 @@ class Mesh:
     def shapes_only(cls, sizes: Mapping[str, int], *, rank: int) -> Mesh:
         """A mesh of axes of these sizes with no other ranks behind it, for building with no devices."""
         return cls.of(sizes, rank, lambda line: ShapeGroup(line.rank, line.size))
+
+    def abort(self) -> None:
+        """Breaks off what this rank waits for on its device. May be called from any thread; nothing works after it."""
+        for group in self._groups.values():
+            if isinstance(group, TorchGroup):
+                group.abort()
 
     @property
     def everyone(self) -> Group:

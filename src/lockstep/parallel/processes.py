@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,23 @@ from lockstep.parallel.mesh import Line, Mesh, TorchGroup
 
 CONNECT_TIMEOUT_S = 120
 COLLECTIVE_TIMEOUT_S = 600
+LOOK_EVERY = timedelta(seconds=1)
+"""Between two looks at the peers while a collective takes its time."""
 
 
-def connect(sizes: Mapping[str, int], *, rank: int, store: Path, backend: str, device: torch.device) -> Mesh:
+def connect(
+    sizes: Mapping[str, int],
+    *,
+    rank: int,
+    store: Path,
+    backend: str,
+    device: torch.device,
+    check_peers: Callable[[], None] = lambda: None,
+) -> Mesh:
     """The mesh of one rank of many, which meet at the file `store`; `sizes` are those of its axes, last one fastest.
 
-    Gloo is bound to the loopback interface. Raises ConfigError for a backend that is not known.
+    Gloo is bound to the loopback interface. While the host waits in a collective, `check_peers` is called now and
+    then: what it raises ends the wait. Raises ConfigError for a backend that is not known.
     """
     num_ranks = math.prod(sizes.values())
     if num_ranks == 1:
@@ -33,9 +44,35 @@ def connect(sizes: Mapping[str, int], *, rank: int, store: Path, backend: str, d
 
     def join(line: Line) -> TorchGroup:
         corner = distributed.PrefixStore(f"{line.axis} from {line.first}", meeting)
-        return TorchGroup(_BACKENDS[backend](corner, line.rank, line.size, device))
+        group = _BACKENDS[backend](corner, line.rank, line.size, device)
+        return TorchGroup(group, _watchful(check_peers) if backend == "gloo" else _enqueue)
 
     return Mesh.of(sizes, rank, join)
+
+
+def _enqueue(work: distributed.Work) -> None:
+    """The device waits, in stream order."""
+    work.wait()
+
+
+def _watchful(check_peers: Callable[[], None]) -> Callable[[distributed.Work], None]:
+    """Waits on the host, and looks at the peers meanwhile.
+
+    Gloo reports a peer that is gone as a broken connection, but not always: a send that was under way may wait on.
+    """
+
+    def wait(work: distributed.Work) -> None:
+        while True:
+            try:
+                work.wait(LOOK_EVERY)
+                return
+            except RuntimeError:
+                if work.is_completed():  # since just now, or in error: which of them, the next wait tells
+                    work.wait()
+                    return
+            check_peers()
+
+    return wait
 
 
 # torch's type stubs lack both backends' options, and know no common base of the backends.
