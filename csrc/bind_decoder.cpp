@@ -180,7 +180,7 @@ class BoundDecoder {
     if (num_rows == 0) return;
     require(static_cast<int>(hidden.shape(1)) == model.hidden_size && hidden.stride(0) == model.hidden_size,
             "hidden rows have another width than the model");
-    require(spans.shape(1) == 4, "a span is first row, rows, keys, first page");
+    require(spans.shape(1) == 5, "a span is first row, rows, keys, first page, rows wanted");
     check_rows(num_rows, token_ids.data(), positions.data(), slots.data());
     const std::vector<Span> checked = spans_from(spans, pages, num_rows);
     nb::gil_scoped_release unlocked;
@@ -251,12 +251,13 @@ class BoundDecoder {
     std::vector<Span> spans;
     int next_row = 0;
     for (size_t i = 0; i < given.shape(0); ++i) {
-      const int32_t* at = given.data() + 4 * i;
+      const int32_t* at = given.data() + 5 * i;
       require(at[0] == next_row && at[1] > 0 && at[2] >= at[1], "spans must follow each other, with rows and keys");
       next_row += at[1];
       const int64_t num_pages = (static_cast<int64_t>(at[2]) + model.page_size - 1) / model.page_size;
       require(at[3] >= 0 && at[3] + num_pages <= num_given, "a span has fewer pages than keys");
-      spans.push_back({at[0], at[1], at[2], pages.data() + at[3]});
+      require(at[4] >= 0 && at[4] <= at[1], "a span wants more rows than it has");
+      spans.push_back({at[0], at[1], at[2], pages.data() + at[3], at[4]});
     }
     require(next_row == num_rows, "the spans do not cover the rows");
     return spans;

@@ -82,20 +82,30 @@ struct Task {
   int span, kv_head, first_row, num_rows, part, num_parts;
 };
 
+// The end of a step of which not every row is wanted: these rows, and the attention tasks that compute them.
+struct Ending {
+  std::vector<int> rows;
+  std::vector<Task> tasks;
+};
+
 // What one thread does in a step. Every thread makes one, and all of them walk through the same phases.
 class Decoder::Step {
  public:
   Step(Decoder& decoder, Team& team, int thread, int num_rows)
       : model_(decoder.model_), products_(decoder.products_), rows_(decoder.rows_), buffers_(*decoder.buffers_),
-        team_(team), thread_(thread), num_rows_(num_rows), mine_(share(num_rows, thread, team.num_threads())) {}
+        team_(team), thread_(thread) {
+    take_rows(num_rows);
+  }
 
   void set_inputs(const int64_t* token_ids, const int64_t* positions, const int64_t* slots,
-                  const std::vector<Span>* spans, const std::vector<Task>* tasks, int64_t scratch_bytes) {
+                  const std::vector<Span>* spans, const std::vector<Task>* tasks, const Ending* ending,
+                  int64_t scratch_bytes) {
     token_ids_ = token_ids;
     positions_ = positions;
     slots_ = slots;
     spans_ = spans;
     tasks_ = tasks;
+    ending_ = ending;
     scratch_ = buffers_.scratch.data() + thread_ * scratch_bytes;
   }
 
@@ -112,8 +122,12 @@ class Decoder::Step {
       team_.wait();
       rotate_and_store(block);
       team_.wait();
+      if (ending_ != nullptr && &block == &model_.blocks.back()) {
+        narrow();
+        if (num_rows_ == 0) return;
+      }
       attend(block);
-      prepare(buffers_.attended.data(), model_.num_heads * model_.head_dim, block.out);
+      prepare(buffers_.attended.data(), model_.num_heads * model_.head_dim, block.out, rows_wanted());
       team_.wait();
       multiply(block.out, buffers_.update.data(), hidden_width());
       team_.wait();
@@ -132,7 +146,7 @@ class Decoder::Step {
     for (int row = mine_.begin; row < mine_.end; ++row) {
       rows_.add_rms_norm(residual(row), buffers_.update.data() + row * hidden_width(),
                          model_.final_norm.weight.data(), model_.final_norm.eps, model_.hidden_size,
-                         hidden + static_cast<int64_t>(row) * model_.hidden_size);
+                         hidden + static_cast<int64_t>(origin(row)) * model_.hidden_size);
     }
   }
 
@@ -163,7 +177,22 @@ class Decoder::Step {
   int64_t qkv_width() const {
     return padded(static_cast<int64_t>(model_.num_heads + 2 * model_.num_kv_heads) * model_.head_dim);
   }
-  float* residual(int row) const { return buffers_.residual.data() + row * hidden_width(); }
+  float* residual(int row) const { return buffers_.residual.data() + origin(row) * hidden_width(); }
+
+  void take_rows(int num_rows) {
+    num_rows_ = num_rows;
+    mine_ = share(num_rows, thread_, team_.num_threads());
+  }
+
+  // The last block stores the keys and values of every row; what follows is computed for those that are wanted. From
+  // here on row i is the i-th of these, in buffers that a phase fills anew.
+  void narrow() {
+    narrowed_ = true;
+    tasks_ = &ending_->tasks;
+    take_rows(static_cast<int>(ending_->rows.size()));
+  }
+  const int* rows_wanted() const { return narrowed_ ? ending_->rows.data() : nullptr; }
+  int origin(int row) const { return narrowed_ ? ending_->rows[row] : row; }
 
   void prepare_twice(const float* hidden, int row) {
     const float* x = hidden + static_cast<int64_t>(row) * model_.hidden_size;
@@ -239,8 +268,8 @@ class Decoder::Step {
     }
   }
 
-  // This thread's rows in the forms that the weights read.
-  void prepare(const float* x, int width, const Products& products) {
+  // This thread's rows in the forms that the weights read. Row i lies at origins[i] of x, or where it should.
+  void prepare(const float* x, int width, const Products& products, const int* origins = nullptr) {
     bool done[2] = {false, false};
     for (const Weight& weight : products.weights) {
       const int form = weight.store == Store::kBF16;
@@ -248,7 +277,8 @@ class Decoder::Step {
       done[form] = true;
       const int64_t bytes = products_.row_bytes(weight);
       for (int row = mine_.begin; row < mine_.end; ++row) {
-        products_.prepare(weight, x + static_cast<int64_t>(row) * width, buffers_.rows[form].data() + row * bytes);
+        const int64_t at = origins == nullptr ? row : origins[row];
+        products_.prepare(weight, x + at * width, buffers_.rows[form].data() + row * bytes);
       }
     }
   }
@@ -437,14 +467,17 @@ class Decoder::Step {
   const RowKernels& rows_;
   Buffers& buffers_;
   Team& team_;
-  const int thread_, num_rows_;
-  const Range mine_;  // rows that this thread alone prepares
+  const int thread_;
+  int num_rows_ = 0;
+  Range mine_{};  // rows that this thread alone prepares
   int phase_ = 0;
+  bool narrowed_ = false;
   const int64_t* token_ids_ = nullptr;
   const int64_t* positions_ = nullptr;
   const int64_t* slots_ = nullptr;
   const std::vector<Span>* spans_ = nullptr;
   const std::vector<Task>* tasks_ = nullptr;
+  const Ending* ending_ = nullptr;
   uint8_t* scratch_ = nullptr;
 };
 
@@ -488,11 +521,27 @@ std::vector<Task> plan_attention(const std::vector<Span>& spans, int num_kv_head
   return tasks;
 }
 
+Ending plan_ending(const std::vector<Span>& spans, const std::vector<Task>& tasks) {
+  Ending ending;
+  for (const Span& span : spans) {
+    for (int row = span.num_rows - span.num_wanted; row < span.num_rows; ++row) {
+      ending.rows.push_back(span.first_row + row);
+    }
+  }
+  for (const Task& task : tasks) {
+    const Span& span = spans[task.span];
+    if (task.first_row + task.num_rows > span.num_rows - span.num_wanted) ending.tasks.push_back(task);
+  }
+  return ending;
+}
+
 }  // namespace
 
 void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positions, const int64_t* slots,
                    const std::vector<Span>& spans, int num_threads, float* hidden) {
   const std::vector<Task> tasks = plan_attention(spans, model_.num_kv_heads);
+  const Ending ending = plan_ending(spans, tasks);
+  const bool wants_all = static_cast<int>(ending.rows.size()) == num_rows;
   const int64_t heads = model_.num_heads + 2 * model_.num_kv_heads, rows = num_rows;
   Buffers& buffers = *buffers_;
   buffers.residual.need(rows * padded(model_.hidden_size));
@@ -530,7 +579,7 @@ void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positi
   const int phases_of_block = num_rows <= kAloneRows ? 1 : 5;
   pool_.run(num_threads, static_cast<int>(model_.blocks.size()) * phases_of_block, [&](int thread, Team& team) {
     Step step(*this, team, thread, num_rows);
-    step.set_inputs(token_ids, positions, slots, &spans, &tasks, scratch_bytes);
+    step.set_inputs(token_ids, positions, slots, &spans, &tasks, wants_all ? nullptr : &ending, scratch_bytes);
     step.run(hidden);
   });
 }

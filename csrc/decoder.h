@@ -63,10 +63,12 @@ struct DecoderModel {
   int page_size = 0;
 };
 
-// Consecutive tokens of one sequence: its rows of the step, the keys that it has with them, its pages.
+// Consecutive tokens of one sequence: its rows of the step, the keys that it has with them, its pages, and how many of
+// its rows, the last ones, somebody wants to see.
 struct Span {
   int first_row, num_rows, num_keys;
   const int32_t* pages;
+  int num_wanted;
 };
 
 class Decoder {
@@ -82,7 +84,8 @@ class Decoder {
 
   int max_threads() const { return pool_.max_threads(); }
 
-  // Computes the rows of `spans`; hidden [num_rows, hidden_size] are the rows after the final norm.
+  // Computes the rows of `spans`; hidden [num_rows, hidden_size] are the rows after the final norm. Those that nobody
+  // wants are left as they are.
   void step(int num_rows, const int64_t* token_ids, const int64_t* positions, const int64_t* slots,
             const std::vector<Span>& spans, int num_threads, float* hidden);
 

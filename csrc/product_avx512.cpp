@@ -12,6 +12,8 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
+
 namespace lockstep {
 namespace {
 
@@ -170,9 +172,108 @@ inline void quantise(const float* x, int num_inputs, Activations& block) {
   finish_block(block, largest, sum_of_bytes(first_q), sum_of_bytes(last_q));
 }
 
+// Two vectors of four 128-bit lanes become one: each step halves what is left of every input, and its lanes lie
+// beside its neighbour's. After four steps lane i is all of input i.
+template <class Combine>
+inline __m512i halves_32(__m512i a, __m512i b, const Combine& combine) {
+  return combine(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+template <class Combine>
+inline __m512i halves_64(__m512i a, __m512i b, const Combine& combine) {
+  return combine(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// Lane i: the largest lane, unsigned, of input i.
+inline __m512i largest_of_each(const __m512i (&inputs)[16]) {
+  const auto larger = [](__m512i a, __m512i b) { return _mm512_max_epu32(a, b); };
+  __m512i four[4];
+  for (int i = 0; i < 4; ++i) {
+    four[i] = halves_64(halves_32(inputs[4 * i], inputs[4 * i + 1], larger),
+                        halves_32(inputs[4 * i + 2], inputs[4 * i + 3], larger), larger);
+  }
+  __m512i eight[2];
+  for (int i = 0; i < 2; ++i) {
+    eight[i] = larger(_mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0x44),
+                      _mm512_shuffle_i32x4(four[2 * i], four[2 * i + 1], 0xee));
+  }
+  return larger(_mm512_shuffle_i32x4(eight[0], eight[1], 0x88), _mm512_shuffle_i32x4(eight[0], eight[1], 0xdd));
+}
+
+// Lane i: the sums of the first and of the last 16 q of block i.
+inline void sums_of_each(const Activations* blocks, __m512i& first, __m512i& last) {
+  const auto sum = [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); };
+  const auto q = [blocks](int b) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(blocks[b].q)); };
+  const __m512i ones = _mm512_set1_epi8(1);
+  __m512i fours[8];  // of two blocks, sums of four q
+  for (int i = 0; i < 8; ++i) {
+    const int b = i < 4 ? i : i + 4;
+    fours[i] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), ones,
+                                   _mm512_inserti64x4(_mm512_castsi256_si512(q(b)), q(b + 4), 1));
+  }
+  __m512i sums[2];
+  for (int i = 0; i < 2; ++i) {
+    sums[i] = halves_64(halves_32(fours[4 * i], fours[4 * i + 1], sum),
+                        halves_32(fours[4 * i + 2], fours[4 * i + 3], sum), sum);
+  }
+  first = _mm512_shuffle_i32x4(sums[0], sums[1], 0x88);
+  last = _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd);
+}
+
+// Writes lane i of four vectors, one after the other, to `at` + i blocks.
+inline void scatter_fours(uint8_t* at, __m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i low[2] = {_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d)};
+  const __m512i high[2] = {_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d)};
+  const __m512i fours[4] = {_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+                            _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
+  for (int i = 0; i < 4; ++i) {
+    const auto store = [&](int lane, __m128i value) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(at + (4 * lane + i) * sizeof(Activations)), value);
+    };
+    store(0, _mm512_castsi512_si128(fours[i]));
+    store(1, _mm512_extracti32x4_epi32(fours[i], 1));
+    store(2, _mm512_extracti32x4_epi32(fours[i], 2));
+    store(3, _mm512_extracti32x4_epi32(fours[i], 3));
+  }
+}
+
+// Sixteen whole blocks as `quantise` leaves them. What a block alone does one lane after the other, its largest
+// magnitude, its sums and its scales, is done for all of them side by side.
+inline void quantise_sixteen(const float* x, Activations* blocks) {
+  __m512i largest_bits[16];
+  for (int b = 0; b < 16; ++b) {
+    const __m512 first = _mm512_abs_ps(_mm512_loadu_ps(x + b * kBlock));
+    const __m512 last = _mm512_abs_ps(_mm512_loadu_ps(x + b * kBlock + 16));
+    largest_bits[b] = _mm512_max_epu32(_mm512_castps_si512(first), _mm512_castps_si512(last));
+  }
+  const __m512 largest = _mm512_castsi512_ps(largest_of_each(largest_bits));
+  // Also where it is NaN, which is not below.
+  const __mmask16 counts = static_cast<__mmask16>(~_mm512_cmp_ps_mask(largest, _mm512_set1_ps(kTiny), _CMP_LT_OQ));
+  alignas(64) float inverse[16];
+  _mm512_store_ps(inverse, _mm512_maskz_div_ps(counts, _mm512_set1_ps(127.0f), largest));
+  for (int b = 0; b < 16; ++b) {
+    const __m512 factor = _mm512_set1_ps(inverse[b]);
+    for (int half = 0; half < 2; ++half) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + b * kBlock + 16 * half), factor);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(blocks[b].q + 16 * half),
+                       _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(scaled)));
+    }
+  }
+  const __m512 scale = _mm512_maskz_div_ps(counts, largest, _mm512_set1_ps(127.0f));
+  __m512i first, last;
+  sums_of_each(blocks, first, last);
+  const __m512i all = _mm512_add_epi32(first, last);
+  const auto scaled = [scale](__m512i sum) {
+    return _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum)));
+  };
+  static_assert(offsetof(Activations, scale) == 32 && offsetof(Activations, scaled_sum) == 48, "what is scattered");
+  uint8_t* at = reinterpret_cast<uint8_t*>(blocks);
+  scatter_fours(at + 32, _mm512_castps_si512(scale), all, first, last);
+  scatter_fours(at + 48, scaled(all), scaled(first), scaled(last), _mm512_setzero_si512());
+}
+
 constexpr ProductKernels kKernels = {"avx512",
                                      float_row_bytes,
-                                     prepare_floats<quantise>,
+                                     prepare_floats<quantise, 16, quantise_sixteen>,
                                      multiply_weight<Packed, Plain>,
                                      no_scratch_bytes,
                                      gather,

@@ -138,6 +138,7 @@ class Checker {
     check_gather();
     const int num_rows = uniform(random_, 0, 3) ? uniform(random_, 1, 9) : uniform(random_, 10, 40);
     check_values(exact_rows(num_rows), num_rows, 0);
+    check_rows_of_all_sizes();
     check_not_finite(num_rows);
     if (problem.weight.store == Store::kBF16) return;
     const std::vector<float> x = normal_rows(num_rows);
@@ -290,6 +291,16 @@ class Checker {
       expect(std::memcmp(row.data(), rows.data() + r * row_bytes, static_cast<size_t>(row_bytes)) == 0,
              "a prepared row, next to scalar");
     }
+  }
+
+  // Blocks of nothing, of what is taken for it, and of very large and very small values, among others.
+  void check_rows_of_all_sizes() {
+    std::vector<float> x(static_cast<size_t>(weight().num_inputs));
+    for (size_t i = 0; i < x.size(); ++i) {
+      constexpr float kSizes[] = {1.0f, 0.0f, 1e-38f, 1e30f, 3e-36f, 1e-3f};
+      x[i] = normal(random_) * kSizes[i / kBlock % 6];
+    }
+    check_rows(prepared(x, 1), x, 1);
   }
 
   void check_not_finite(int num_rows) {

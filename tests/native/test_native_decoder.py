@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,15 +34,22 @@ class Prepared:
         self.pristine = kv
         self.program = Program(self.outline, instruction_set)
 
-    def run(self, *sequences: int, **changed: Any) -> torch.Tensor:
-        """Hidden rows of some of the sequences, in a pool as it was before."""
+    def run(self, *sequences: int, num_wanted: Sequence[int] | None = None, **changed: Any) -> torch.Tensor:
+        """Hidden rows of some of the sequences, in a pool as it was before; of all rows, or so many of each."""
+        return self.run_and_keep(*sequences, num_wanted=num_wanted, **changed)[0]
+
+    def run_and_keep(
+        self, *sequences: int, num_wanted: Sequence[int] | None = None, **changed: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden rows, and the pool after it."""
         rows = [torch.arange(int(self.cu_rows[at]), int(self.cu_rows[at + 1])) for at in sequences]
         spans, first = [], 0
-        for at, own in zip(sequences, rows, strict=True):
-            spans.append((first, len(own), int(self.num_keys[at]), at * self.width))
+        wanted = [len(own) for own in rows] if num_wanted is None else num_wanted
+        for at, own, count in zip(sequences, rows, wanted, strict=True):
+            spans.append((first, len(own), int(self.num_keys[at]), at * self.width, count))
             first += len(own)
         taken = torch.cat(rows)
-        arguments = {
+        arguments: dict[str, Any] = {
             "token_ids_T": self.tokens[taken],
             "positions_T": self.positions[taken],
             "slots_T": self.slots[taken],
@@ -49,7 +57,8 @@ class Prepared:
             "pages": self.pages,
             **changed,
         }
-        return self.program.step(*arguments.values(), list(self.pristine.clone().unbind()))
+        kv = self.pristine.clone()
+        return self.program.step(**arguments, kv=list(kv.unbind())), kv
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -59,6 +68,22 @@ def test_a_row_has_the_same_bits_in_any_company(kind: str, instruction_set: str)
     alone = [prepared.run(at) for at in range(len(BATCH))]
     assert torch.equal(prepared.run(0, 1, 2, 3, 4), torch.cat(alone))
     assert torch.equal(prepared.run(4, 0, 2), torch.cat([alone[4], alone[0], alone[2]]))
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("num_wanted", [(1, 1, 1, 1, 1), (0, 3, 0, 40, 1), (0, 0, 0, 0, 0), (1, 9, 1, 44, 0)])
+def test_what_is_wanted_changes_no_bit(num_wanted: tuple[int, ...], instruction_set: str) -> None:
+    """Rows that nobody wants are zeros, and their keys and values are stored all the same."""
+    prepared = Prepared("4 bits, minima", instruction_set, seed=8)
+    every, kv = prepared.run_and_keep(0, 1, 2, 3, 4)
+    some, kv_of_some = prepared.run_and_keep(0, 1, 2, 3, 4, num_wanted=num_wanted)
+    assert torch.equal(kv_of_some, kv)
+    first = 0
+    for (rows, _), wanted in zip(BATCH, num_wanted, strict=True):
+        end = first + rows
+        assert torch.equal(some[end - wanted : end], every[end - wanted : end])
+        assert not some[first : end - wanted].any()
+        first = end
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
@@ -90,8 +115,9 @@ def test_scores_are_finer_than_eight_bits(instruction_set: str) -> None:
         ("slots_T", torch.zeros(2, dtype=torch.int64), "one position, slot"),
         ("pages", np.full(200, 10**6, dtype=np.int32), "page is out of range"),
         ("pages", np.zeros(0, dtype=np.int32), "fewer pages than keys"),
-        ("spans", np.array([[0, 2, 37, 0]], dtype=np.int32), "do not cover the rows"),
-        ("spans", np.array([[0, 1, 0, 0]], dtype=np.int32), "with rows and keys"),
+        ("spans", np.array([[0, 2, 37, 0, 2]], dtype=np.int32), "do not cover the rows"),
+        ("spans", np.array([[0, 1, 0, 0, 1]], dtype=np.int32), "with rows and keys"),
+        ("spans", np.array([[0, 1, 37, 0, 2]], dtype=np.int32), "wants more rows"),
     ],
 )
 def test_what_would_leave_its_memory_is_refused(name: str, value: Any, says: str) -> None:

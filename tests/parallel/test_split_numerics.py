@@ -64,7 +64,7 @@ def on_mesh(
             failures.append(error)
 
     ranks = range(math.prod(sizes.values()))
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in ranks]
+    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}") for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,7 +190,6 @@ def test_a_peer_that_is_gone_ends_a_wait_that_gloo_would_not(
     """Rank 1 never comes, and its connection stays open: nothing but the look at the peers can tell."""
     monkeypatch.setattr(processes, "LOOK_EVERY", timedelta(milliseconds=50))
     looks = itertools.count(1)
-    left = threading.Event()
 
     def look() -> None:
         if next(looks) == 3:
@@ -198,11 +197,12 @@ def test_a_peer_that_is_gone_ends_a_wait_that_gloo_would_not(
 
     def work(mesh: Mesh) -> torch.Tensor:
         if mesh.rank("tp") == 1:
-            assert left.wait(20)
+            (other,) = [thread for thread in threading.enumerate() if thread.name == "rank 0"]
+            other.join(10)
+            assert not other.is_alive(), "the end of its group waits for us"
             return torch.zeros(1)
         with pytest.raises(EngineDead, match="rank 1 is gone"):
             reduce(Partial(torch.ones(3), "tp"), mesh)
-        left.set()
         return torch.ones(1)
 
     assert [each.item() for each in on_ranks(2, tmp_path / "store", work, look)] == [1.0, 0.0]

@@ -15,7 +15,7 @@ from lockstep.kv.pool.pool import LayerKV
 
 @dataclass(frozen=True, slots=True)
 class SpanTables:
-    """int32 rows (first row, rows, keys, first of its pages) of each sequence, and all their pages in a row."""
+    """int32 rows (first row, rows, keys, first of its pages, rows wanted) of each sequence, and all pages in a row."""
 
     spans: np.ndarray
     pages: np.ndarray
@@ -29,11 +29,12 @@ class SpanBackend(AttentionBackend):
     def plan(
         self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
     ) -> SpanTables:
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         pages: list[int] = []
         row = 0
         for span in spans:
-            rows.append((row, span.num_tokens, span.num_kv_tokens, len(pages)))
+            num_wanted = span.num_tokens if span.num_wanted is None else span.num_wanted
+            rows.append((row, span.num_tokens, span.num_kv_tokens, len(pages), num_wanted))
             pages.extend(span.page_ids[: -(-span.num_kv_tokens // page_size)])
             row += span.num_tokens
         return SpanTables(np.array(rows, dtype=np.int32), np.array(pages, dtype=np.int32))

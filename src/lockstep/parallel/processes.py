@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -45,7 +46,7 @@ def connect(
     def join(line: Line) -> TorchGroup:
         corner = distributed.PrefixStore(f"{line.axis} from {line.first}", meeting)
         group = _BACKENDS[backend](corner, line.rank, line.size, device)
-        return TorchGroup(group, _watchful(check_peers) if backend == "gloo" else _enqueue)
+        return TorchGroup(group, _watchful(group, check_peers) if backend == "gloo" else _enqueue)
 
     return Mesh.of(sizes, rank, join)
 
@@ -55,10 +56,11 @@ def _enqueue(work: distributed.Work) -> None:
     work.wait()
 
 
-def _watchful(check_peers: Callable[[], None]) -> Callable[[distributed.Work], None]:
+def _watchful(group: Any, check_peers: Callable[[], None]) -> Callable[[distributed.Work], None]:
     """Waits on the host, and looks at the peers meanwhile.
 
     Gloo reports a peer that is gone as a broken connection, but not always: a send that was under way may wait on.
+    A group whose wait was given up is never destroyed, for that would wait for the thread that waits on.
     """
 
     def wait(work: distributed.Work) -> None:
@@ -70,7 +72,11 @@ def _watchful(check_peers: Callable[[], None]) -> Callable[[distributed.Work], N
                 if work.is_completed():  # since just now, or in error: which of them, the next wait tells
                     work.wait()
                     return
-            check_peers()
+            try:
+                check_peers()
+            except BaseException:
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+                raise
 
     return wait
 

@@ -69,11 +69,14 @@ class Program:
     ) -> torch.Tensor:
         """Hidden rows [T, D], float32. `kv` is a pair of pools for each block; the same object stays bound.
 
-        `spans` (int32) has a row for each sequence: first row, rows, keys, first of its `pages` (int32).
+        `spans` (int32) has a row for each sequence: first row, rows, keys, first of its `pages` (int32), and how many
+        of its rows, the last ones, are wanted. Rows that are not are zeros.
         """
         if kv is not self._kv:
             self._bind(kv)
-        hidden_TD = torch.empty(token_ids_T.shape[0], self._hidden_size)
+        num_rows = token_ids_T.shape[0]
+        make = torch.empty if spans[:, 4].sum() == num_rows else torch.zeros
+        hidden_TD = make(num_rows, self._hidden_size)
         arrays = (token_ids_T.numpy(), positions_T.numpy(), slots_T.numpy(), spans, pages)
         self._decoder.step(*arrays, self.num_threads, hidden_TD.numpy())
         return hidden_TD
@@ -156,7 +159,8 @@ def decoder_forward(
     """See the contract. `program` comes from `prepare`."""
     width = page_table_BP.shape[1]
     first_pages = torch.arange(page_table_BP.shape[0], dtype=torch.int32) * width
-    spans = torch.stack((cu_rows_B1[:-1], cu_rows_B1.diff(), num_keys_B, first_pages), dim=1)
+    num_rows_B = cu_rows_B1.diff()
+    spans = torch.stack((cu_rows_B1[:-1], num_rows_B, num_keys_B, first_pages, num_rows_B), dim=1)
     pages = page_table_BP.contiguous().flatten()
     return program.step(
         token_ids_T, positions_T, slots_T, spans.contiguous().numpy(), pages.numpy(), kv_L2KPSH.unbind()
