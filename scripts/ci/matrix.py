@@ -6,7 +6,7 @@
 
 Each line is NAME=JSON: for a platform, a list with one object for each part of each suite; `left_out`, a list of
 sentences about the suites that get no job. Exits 5 when a suite has no test in a stage that must not be empty.
-Needs the package's sources (PYTHONPATH=src), none of its dependencies.
+Needs the package's sources (PYTHONPATH=src) and msgspec.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python scripts/ci/summary.py reports --needs needs.json >> "$GITHUB_STEP_SUMMARY"
 
-`reports` holds a folder report-SUITE-ID for each part, as `lockstep suites run --report-dir` wrote it. `needs.json` is
+`reports` holds a folder report-SUITE-ID for each part, as `lockstep suites run --report-dir` wrote it, or the files of
+the only one. `needs.json` is
 the workflow's `needs`: outcomes of the jobs, and the matrices that the plan gave out. A skipped job is fine only where
 its matrix is empty, so a green page never stands for tests that did not run. Exits 1 when anything is missing or wrong.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def faults(needs: Mapping[str, Any], reports: Path) -> Iterator[str]:
         if platform not in needs:
             yield f"platform {platform} has no job"
         for part in parts:
-            if not (folder_of(reports, part) / "summary.md").is_file():
+            if not _page_of(reports, part, planned).is_file():
                 yield f"suite {part['suite']}, part {part['number']} of {part['total']}: no report"
 
 
@@ -47,15 +48,17 @@ def page(needs: Mapping[str, Any], reports: Path) -> Iterator[str]:
         yield f"- left out: {sentence}"
     for parts in planned.values():
         for part in parts:
-            file = folder_of(reports, part) / "summary.md"
+            file = _page_of(reports, part, planned)
             if file.is_file():
                 yield f"\n## {part['suite']}, part {part['number']} of {part['total']}\n"
                 yield file.read_text("utf-8").strip()
 
 
-def folder_of(reports: Path, part: Mapping[str, Any]) -> Path:
-    """Where the report of a part lies."""
-    return reports / f"report-{part['suite']}-{part['id']}"
+def _page_of(reports: Path, part: Mapping[str, Any], planned: Mapping[str, Sequence[Any]]) -> Path:
+    """The summary of a part. What downloads the reports gives them folders only where there are several."""
+    folder = reports / f"report-{part['suite']}-{part['id']}"
+    is_alone = sum(map(len, planned.values())) == 1
+    return (reports if is_alone and not folder.is_dir() else folder) / "summary.md"
 
 
 def _planned(needs: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -75,6 +75,18 @@ FILES = {
         def compiled_kernels(op, function):
             return (Kernel(op=op, provider="native", verified_on=("cpu",)),)
         """,
+    "src/lockstep/platforms/__init__.py": "",
+    "src/lockstep/platforms/card/__init__.py": """
+        class CardPlatform:
+            name = "cuda"
+            kernel_preference = (*FIRST, "fast", "reference")
+            attention_preference: ClassVar[tuple[str, ...]] = ("fast",)
+        """,
+    "src/lockstep/platforms/processor.py": """
+        class CpuPlatform:
+            name = "cpu"
+            kernel_preference = ("native", "rare")
+        """,
     "src/lockstep/native/__init__.py": "",
     "src/lockstep/native/loader.py": "def extension(): ...\n",
     "src/lockstep/layers/__init__.py": "",

@@ -40,9 +40,14 @@ PYPROJECT = """
 MARKED = 'import pytest\n\npytestmark = pytest.mark.suite("cpu")\n'
 
 
-def make_project(root: Path, files: Mapping[str, str]) -> Registry:
-    """Writes files below `root`/tests (those that name no suite get "cpu") and reads their registry."""
-    (root / "pyproject.toml").write_text(dedent(PYPROJECT))
+def make_project(root: Path, files: Mapping[str, str], *, suites: Sequence[str] | None = None) -> Registry:
+    """Writes files below `root`/tests (those that name no suite get "cpu") and reads their registry.
+
+    `suites`: of those above, all when None.
+    """
+    head, *tables = dedent(PYPROJECT).split("[tool.lockstep.testing.suites.")
+    wanted = [table for table in tables if suites is None or table.partition("]")[0] in suites]
+    (root / "pyproject.toml").write_text("[tool.lockstep.testing.suites.".join([head, *wanted]))
     for name, text in files.items():
         path = root / "tests" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -152,6 +152,42 @@ def test_cover_names_the_nearest_test_and_code_that_none_runs(project: SmallProj
     assert "Only a registry finds: `src/lockstep/cli/eval.py`" in page
 
 
+def suites_of(project: SmallProject) -> dict[str, set[str]]:
+    return {suite.name: set(suite.files) for suite in project.review().suites}
+
+
+def test_a_kernel_touches_the_suites_of_platforms_that_can_bind_it(project: SmallProject) -> None:
+    parity = "tests/ops/test_parity.py"
+    project.append(f"{SCALE}/kernels/fast.py", "x = 1\n")
+    assert suites_of(project) == {"cuda-1": {parity}}
+    project.git("checkout", "-q", ".")
+    project.append(f"{SCALE}/kernels/rare.py", "x = 1\n")
+    assert suites_of(project) == {"cpu": {parity, "tests/engine/test_llm.py", "tests/cli/test_main.py"}}
+    project.append(f"{SCALE}/programs.py", "x = 1\n")
+    assert set(suites_of(project)) == {"cpu", "cuda-1"}, (
+        "what several kernels compute with is of every platform"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['PROVIDER = "fast"\nfrom lockstep.ops.registry import kernels', "import lockstep.ops.scale.kernels.fast"],
+)
+def test_who_names_a_kernel_is_touched_wherever_it_runs(project: SmallProject, text: str) -> None:
+    project.append("tests/server/test_app.py", f"{text}\n")
+    project.commit()
+    project.git("tag", "-f", "base")
+    project.append(f"{SCALE}/kernels/fast.py", "x = 1\n")
+    assert suites_of(project)["cpu"] == {"tests/server/test_app.py"}
+
+
+def test_a_registry_covers_a_kernel_only_where_it_can_be_bound(project: SmallProject) -> None:
+    project.append(f"{SCALE}/kernels/fast.py", "x = 1\n")
+    assert [cover.num_tests for cover in project.review().covers] == [1] and not project.review().untested
+    project.replace("tests/ops/test_parity.py", '"cpu", "cuda-1"', '"cpu"')
+    assert [cover.path for cover in project.review().untested] == [f"{SCALE}/kernels/fast.py"]
+
+
 def test_gates_cover_what_their_command_needs(project: SmallProject) -> None:
     project.append("src/lockstep/models/llm/apple.py", "x = 1\n")
     assert project.review().gates == ("accuracy",)

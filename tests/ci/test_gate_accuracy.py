@@ -22,7 +22,8 @@ from lockstep.ci.gates.accuracy import (
     judge_change,
     judge_threshold,
 )
-from lockstep.ci.gates.accuracy_file import as_document, read_evaluation, write_document
+from lockstep.ci.gates.accuracy_file import as_document, read_evaluation
+from lockstep.ci.gates.files import require_writable, write_json
 from lockstep.ci.gates.gsm8k import load_problems, make_exam
 from lockstep.core.errors import ConfigError
 
@@ -41,7 +42,10 @@ def answered(rights: list[bool], **conditions: Any) -> Evaluation:
         example_ids=("e0", "e1"),
         problem_ids=tuple(f"q{number}" for number in range(len(rights))),
     )
-    marked = tuple(Marked(expected="1", found="1", right=right, cut=False, text="1") for right in rights)
+    found = ("1" if right else "2" for right in rights)
+    marked = tuple(
+        Marked(expected="1", found=number, right=number == "1", cut=False, text=number) for number in found
+    )
     return Evaluation(
         model="scripted",
         conditions=dataclasses.replace(asked, **conditions),
@@ -185,7 +189,7 @@ def test_a_baseline_that_no_run_could_fail_is_refused() -> None:
 def test_an_evaluation_comes_back_from_its_file(tmp_path: Path) -> None:
     found = evaluate(ScriptedRespondent(knows()), EXAM, CONDITIONS, concurrency=3)
     path = tmp_path / "run.json"
-    write_document(as_document(found, [judge_threshold(found, 0.5)], None, {"devices": []}), path)
+    write_json(as_document(found, [judge_threshold(found, 0.5)], None, {"devices": []}), path)
     assert read_evaluation(path) == found
     document = json.loads(path.read_text())
     assert document["result"]["num_right"] == 12 and document["verdicts"][0]["outcome"] == "pass"
@@ -213,7 +217,7 @@ def test_a_spoilt_file_is_refused(tmp_path: Path, spoil: Callable[[dict[str, Any
     document = json.loads(json.dumps(as_document(shares(10, 20), [], None, {})))
     spoil(document)
     path = tmp_path / "run.json"
-    write_document(document, path)
+    write_json(document, path)
     with pytest.raises(ConfigError, match=r"run\.json"):
         read_evaluation(path)
 
@@ -223,5 +227,34 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for name in ("absent.json", "text.json"):
         with pytest.raises(ConfigError, match=name):
             read_evaluation(tmp_path / name)
-    with pytest.raises(ConfigError, match="cannot be written"):
-        write_document({}, tmp_path / "absent" / "run.json")
+    (tmp_path / "file").write_text("")
+    for work in (require_writable, lambda path: write_json({}, path)):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            work(tmp_path / "file" / "run.json")
+        work(tmp_path / "new" / "folder" / "run.json")
+        assert (tmp_path / "new" / "folder").is_dir()
+
+
+def test_what_a_file_says_of_its_answers_is_not_trusted(tmp_path: Path) -> None:
+    """Its right answers are counted anew from the words of the model."""
+    path = tmp_path / "run.json"
+    document = json.loads(json.dumps(as_document(shares(10, 20), [], None, {})))
+    for one in document["evaluation"]["marked"]:
+        one["right"] = False
+    document["evaluation"]["marked"][0]["found"] = "7"
+    write_json(document, path)
+    assert read_evaluation(path) == shares(10, 20)
+    document["evaluation"]["marked"][0]["expected"] = document["evaluation"]["marked"][0]["text"] = "9"
+    write_json(document, path)
+    with pytest.raises(ConfigError, match="takes 9 for the answer of question q0, and it is 1"):
+        compare(read_evaluation(path), shares(10, 20))
+
+
+def test_a_question_that_a_file_repeats_is_refused(tmp_path: Path) -> None:
+    """Else six copies of one right answer would make a baseline that counts as six."""
+    path = tmp_path / "run.json"
+    document = json.loads(json.dumps(as_document(shares(10, 20), [], None, {})))
+    document["evaluation"]["conditions"]["problem_ids"][1] = "q0"
+    write_json(document, path)
+    with pytest.raises(ConfigError, match="a question more than once"):
+        read_evaluation(path)

@@ -208,7 +208,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_baseline(tmp_path / "absent.json")
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_baseline(taken(), tmp_path / "absent" / "baseline.json")
+        write_baseline(taken(), path / "baseline.json")
+    write_baseline(taken(), tmp_path / "new" / "folder" / "baseline.json")
 
 
 def test_an_unknown_scenario_names_the_nearest() -> None:

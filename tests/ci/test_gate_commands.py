@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gate_model import write_tiny_gguf
 from scripted_respondents import EXCERPT, ScriptedServer, knows, scripted_server
 
 from lockstep.bench import fingerprint as fingerprints
-from lockstep.ci.gates.scenarios import SCENARIOS, Run
+from lockstep.ci.gates.scenarios import SCENARIOS, Run, TextScenario
 from lockstep.cli.main import main
 from lockstep.config import Given
 
@@ -98,12 +99,19 @@ def test_the_result_as_json(server: ScriptedServer, capsys: Streams, tmp_path: P
         (["--threads", "2"], "--threads belongs to the server"),
         (["medium"], "serves no model medium"),
         (["--against", "absent.json"], "absent.json"),
-        (["--output", "absent/run.json", "--num-questions", "1"], "cannot be written"),
+        (["--output", "/proc/run.json", "--num-questions", "1"], "cannot be written"),
     ],
 )
 def test_bad_usage(server: ScriptedServer, capsys: Streams, arguments: list[str], message: str) -> None:
     assert gsm8k(server, *arguments) == 2
     assert message in capsys.readouterr().err
+    assert server.bodies == [], "nothing is asked for a result that nobody could have"
+
+
+def test_the_folder_of_the_result_is_made(server: ScriptedServer, tmp_path: Path) -> None:
+    path = tmp_path / "build" / "gates" / "gsm8k.json"
+    assert gsm8k(server, "--output", str(path), "--num-questions", "1") == 0
+    assert json.loads(path.read_text())["result"]["num_questions"] == 1
 
 
 def test_a_server_that_fails_is_no_low_accuracy(server: ScriptedServer, capsys: Streams) -> None:
@@ -195,11 +203,12 @@ def test_another_machine_is_refused_before_anything_is_timed(
         (["--runs", "2"], "--runs"),
     ],
 )
-def test_a_baseline_of_something_else_is_refused(
-    recorded: str, capsys: Streams, arguments: list[str], message: str
+def test_a_baseline_of_something_else_is_refused_at_once(
+    recorded: str, scripted: Scripted, capsys: Streams, arguments: list[str], message: str
 ) -> None:
     assert main(["baseline", "check", recorded, *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert scripted.num_runs - 7 == (1 if "model with" in message else 0)
 
 
 def test_bad_usage_of_baselines(tmp_path: Path, capsys: Streams) -> None:
@@ -208,6 +217,44 @@ def test_bad_usage_of_baselines(tmp_path: Path, capsys: Streams) -> None:
         (["record", path, "--scenario", "txt"], "unknown scenario 'txt'; did you mean 'text'"),
         (["record", path, "--runs", "2"], "--runs"),
         (["check", path], "cannot be read"),
+        (["record", "/proc/baseline.json"], "cannot be written"),
     ):
         assert main(["baseline", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+class Quiet:
+    """Real processes, timed once; every further run takes the same times, `slow` as long. So nothing here is chance."""
+
+    def __init__(self) -> None:
+        self._real = TextScenario(
+            input_tokens=8, output_tokens=4, num_requests=2, batch_input_tokens=4, repeats=1
+        )
+        self._taken: Run | None = None
+        self.stages = self._real.stages
+        self.slow = 1.0
+
+    def describe(self) -> dict[str, int]:
+        return self._real.describe()
+
+    def run(self, options: Mapping[str, Given]) -> Run:
+        self._taken = self._taken or self._real.run(options)
+        return Run(
+            {stage: time_s * self.slow for stage, time_s in self._taken.stages.items()}, self._taken.model
+        )
+
+
+def test_a_real_engine_from_its_record_to_its_check(
+    tmp_path: Path, capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The speed gate of this project itself, on the device that computes nothing."""
+    quiet = Quiet()
+    monkeypatch.setitem(SCENARIOS, "quiet", quiet)
+    engine = [str(write_tiny_gguf(tmp_path / "tiny.gguf")), "--device", "null"]
+    path = str(tmp_path / "speed.json")
+    assert main(["baseline", "record", path, *engine, "--scenario", "quiet"]) == 0
+    assert main(["baseline", "check", path, *engine]) == 0
+    capsys.readouterr()
+    quiet.slow = 1.15
+    assert main(["baseline", "check", path, *engine, "--explain"]) == 1
+    assert re.findall(r"^(\w+): fail", capsys.readouterr().out, re.MULTILINE) == list(quiet.stages)

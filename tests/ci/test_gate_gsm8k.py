@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -205,3 +206,12 @@ def test_no_network_and_missing_packages_are_one_line(monkeypatch: pytest.Monkey
             patch.setitem(sys.modules, missing, None)
             with pytest.raises(ConfigError, match=f"needs {missing}.*--data DIR"):
                 load_problems(HUB_ID)
+
+
+def test_the_extra_brings_what_the_hub_needs() -> None:
+    """The nightly gate installs the extra and nothing else."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    brought = re.search(r"^hub = (\[.*\])$", text, re.MULTILINE)
+    assert brought is not None
+    names = {re.match(r"[\w-]+", package)[0] for package in ast.literal_eval(brought[1])}  # type: ignore[index]
+    assert names >= {"huggingface_hub", "pyarrow"}

@@ -65,6 +65,7 @@ def test_a_run_shows_files_and_writes_reports(root: Path, capsys: pytest.Capture
                        "--total-partitions", "2")  # fmt: skip
     assert code == 0 and "tests/test_ccc.py: 1 passed" in out and "test_dddd" not in out
     assert {path.name for path in (root / "found").iterdir()} == {
+        "durations.json",
         "report.json",
         "junit.xml",
         "summary.md",
@@ -97,6 +98,8 @@ def test_a_failed_run_shows_why(root: Path, capsys: pytest.CaptureFixture[str]) 
         (["run", "--suite", "cpu", "--partition-id", "2", "--total-partitions", "2"], "from 0 to 1, not 2"),
         (["run", "--suite", "cpu", "-k", "a", "--update-durations"], "leave out -k"),
         (["run", "--suite", "cpu", "--jobs", "0"], "--jobs"),
+        (["run", "--suite", "cpu", "-k", "a and (b"], "-k 'a and (b' is no filter"),
+        (["run", "--suite", "cpu", "--report-dir", "/proc/x"], "--report-dir /proc/x cannot be written"),
         (["plan", "--total-partitions", "0"], "at least 1 part, not 0"),
         (["plan", "--seconds-per-part", "0"], "above 0"),
         (["plna"], "unknown command 'plna'; did you mean 'plan'?"),
@@ -104,7 +107,7 @@ def test_a_failed_run_shows_why(root: Path, capsys: pytest.CaptureFixture[str]) 
 )
 def test_bad_usage_exits_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, *arguments)
-    assert code == 2 and message in err and "Traceback" not in err
+    assert code == 2 and message in err and "Traceback" not in err and len(err.splitlines()) == 1
 
 
 def test_an_ended_run_leaves_no_process_behind(root: Path) -> None:
@@ -124,3 +127,8 @@ def test_an_ended_run_leaves_no_process_behind(root: Path) -> None:
     assert process.wait(20) == 130
     _, alive = psutil.wait_procs(children, 5)
     assert children and not alive
+    report = json.loads((root / "build" / "suites" / "report.json").read_text())
+    assert report["interrupted"] and report["exit_code"] == 1
+    (test,) = report["suites"][0]["tests"]
+    assert test["status"] == "failed" and test["attempts"][0]["text"] == "the run was interrupted"
+    assert "every test was reached" in (root / "build" / "suites" / "junit.xml").read_text()

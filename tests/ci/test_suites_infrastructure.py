@@ -56,6 +56,14 @@ def wrapped(error: BaseException, outside: BaseException, *, stated: bool = True
         return caught
 
 
+class Group(Exception):
+    """Several errors in one, as Python 3.11 and later have it."""
+
+    def __init__(self, exceptions: list[BaseException]) -> None:
+        super().__init__("several")
+        self.exceptions = exceptions
+
+
 def bound_twice() -> BaseException:
     with socket.socket() as first, socket.socket() as second:
         first.bind(("127.0.0.1", 0))
@@ -83,11 +91,7 @@ def bound_twice_by_zmq() -> BaseException:
 
 
 def unknown_host() -> BaseException:
-    try:
-        socket.getaddrinfo("a..b", 80, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        return error if isinstance(error, socket.gaierror) else raised(socket.gaierror(-2, "unknown"))
-    raise AssertionError("the name was found")
+    return raised(socket.gaierror(socket.EAI_NONAME, "unknown"))
 
 
 MACHINE: dict[str, tuple[str, Callable[[], BaseException]]] = {
@@ -112,6 +116,10 @@ MACHINE: dict[str, tuple[str, Callable[[], BaseException]]] = {
         "port in use",
         lambda: wrapped(OSError(errno.EADDRINUSE, "x"), EngineDead("x"), stated=False),
     ),
+    "an error of the machine while handling another": (
+        "port in use",
+        lambda: wrapped(OSError(errno.ENETUNREACH, "x"), OSError(errno.EADDRINUSE, "x"), stated=False),
+    ),
 }
 
 CODE: dict[str, Callable[[], BaseException]] = {
@@ -131,6 +139,22 @@ CODE: dict[str, Callable[[], BaseException]] = {
     ),
     "a verdict while handling one": lambda: wrapped(
         OSError(errno.EADDRINUSE, "x"), pytest.fail.Exception("x"), stated=False
+    ),
+    "the machine in the clean-up of a failed assertion": lambda: wrapped(
+        AssertionError("0.41 > 0.6"), OSError(errno.EADDRINUSE, "x"), stated=False
+    ),
+    "the machine named as the consequence of an assertion": lambda: wrapped(
+        AssertionError("x"), OSError(errno.EADDRINUSE, "x")
+    ),
+    "an assertion that a clean-up hides": lambda: wrapped(
+        wrapped(AssertionError("x"), KeyError("x"), stated=False), OSError(errno.EADDRINUSE, "x"), stated=False
+    ),
+    "an assertion in a group": lambda: wrapped(Group([AssertionError("x")]), OSError(errno.EADDRINUSE, "x")),
+    "a wrong result before the machine's error": lambda: wrapped(
+        ValueError("wrong"), OSError(errno.EADDRINUSE, "x"), stated=False
+    ),
+    "a wrong result while handling the machine's error": lambda: wrapped(
+        OSError(errno.EADDRINUSE, "x"), ValueError("wrong"), stated=False
     ),
     "an error below an assertion": lambda: wrapped(
         wrapped(OSError(errno.EADDRINUSE, "x"), AssertionError("x")), EngineDead("x")

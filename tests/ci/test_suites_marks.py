@@ -115,6 +115,30 @@ def test_tests_that_come_from_elsewhere_are_seen(project: Project) -> None:
     assert file.tests == ("test_a", "test_b", "TestC")
 
 
+def test_classes_as_pytest_takes_them(project: Project) -> None:
+    text = """
+import unittest
+class Arith(unittest.TestCase):
+    def __init__(self, name): super().__init__(name)
+    def test_a(self): pass
+class TestResult:
+    __test__ = False
+    def test_b(self): pass
+class Helper:
+    def test_c(self): pass
+class TestMore(Shared):
+    def test_d(self): pass
+if sys.platform == "linux":
+    def test_e(): pass
+else:
+    def test_e(): pass
+"""
+    file = read(text, project)
+    assert file.tests == ("Arith::test_a", "TestMore::test_d", "test_e")
+    assert file.inheriting == {"Arith", "TestMore"}
+    assert file.knows("TestMore::test_inherited") and not file.knows("test_f") and file.knows("test_e")
+
+
 WRONG = {
     'pytestmark = pytest.mark.suite("cpuu")': "unknown suite 'cpuu'; did you mean 'cpu'?",
     "pytestmark = pytest.mark.suite()": "names its suites first",
@@ -137,6 +161,7 @@ WRONG = {
     'pytestmark = pytest.mark.suite("cpu", disabled="a", issue="https://b")': "since is missing",
     'pytestmark = pytest.mark.suite("cpu", disabled="a", issue="#3", since="2026-01-31")': "must be a link, not '#3'",
     'pytestmark = pytest.mark.suite("cpu", disabled="a", issue="https://b", since="Monday")': "must be a date",
+    'pytestmark = pytest.mark.suite("cpu", disabled="a", issue="https://b", since="2999-01-01")': "lie in the future",
     'pytestmark = [pytest.mark.suite("cpu"), pytest.mark.suite("sim")]': "a second suite mark",
     'pytestmark = make(pytest.mark.suite("cpu"))': "belongs into `pytestmark`",
     'if True:\n    pytestmark = pytest.mark.suite("cpu")': "belongs into `pytestmark`",

@@ -126,7 +126,13 @@ def test_events_say_what_happened(pytester: pytest.Pytester) -> None:
     run(pytester, "--suite", "cpu", "--suite-events", str(events))
     found = [json.loads(line) for line in events.read_text().splitlines()]
     tests = [f"tests/test_a.py::test_{name}" for name in "abc"]
-    assert found[0] == {"event": "collected", "tests": dict.fromkeys(tests, "per-commit"), "not_run": {}}
+    assert found[0] == {
+        "event": "collected",
+        "found": dict(zip(tests, tests, strict=True)),
+        "tests": dict.fromkeys(tests, "per-commit"),
+        "not_run": {},
+        "later": [],
+    }
     assert [each["test"] for each in found if each["event"] == "started"] == tests
     outcomes = {
         (each["test"][-1], each["phase"]): each["outcome"] for each in found if each["event"] == "phase"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
+import psutil
 import pytest
 from suite_project import by_test, make_project, run_project, statuses
 
 from lockstep.ci.parts import load_durations
 from lockstep.ci.plan import Part
+from lockstep.ci.registry import load_registry
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -273,3 +276,134 @@ def test_runs_measure_durations(tmp_path: Path) -> None:
     measured = durations.get("cpu", "tests/test_a.py", "per-commit")
     assert measured is not None and 0.3 <= measured < 5
     assert durations.get("cpu", "tests/test_b.py", "per-commit") is None, "a failure takes no typical time"
+    assert load_durations(tmp_path / "report" / "durations.json") == durations, "kept beside the report too"
+
+
+def test_a_verdict_is_not_excused_by_what_the_clean_up_met(tmp_path: Path) -> None:
+    """The lie: an accuracy below its threshold, and a port in use on the way out."""
+    failure = f"""
+            try:
+                assert 0.41 > 0.6, "accuracy"
+            finally:
+                {PORT_IN_USE}"""
+    report = run_project(make_project(tmp_path, {"test_a.py": FAILS_ONCE.format(failure=failure)}))
+    (result,) = report.results
+    assert (result.status, report.exit_code) == ("flaky", 1)
+    assert result.attempts[0].infrastructure is None
+
+
+def test_what_is_collected_and_not_listed_is_not_green(tmp_path: Path) -> None:
+    files = {
+        "shared_cases.py": "from other_cases import *",
+        "other_cases.py": "globals()['test_shared'] = lambda: None",
+        "test_a.py": "from shared_cases import *\ndef test_a(): pass",
+        "test_b.py": "globals()['test_x'] = lambda: None\ndef test_b(): pass",
+        "test_c.py": "class Base: pass\nclass TestC(Base):\n    def test_c(self): pass\n    test_d = test_c",
+    }
+    registry = make_project(tmp_path, files)
+    assert registry.problems == ()
+    report = run_project(registry, continue_on_error=True)
+    failed = {result.test: result.attempts[0].text for result in report.results if result.status == "failed"}
+    assert report.exit_code == 1 and failed == {
+        "tests/test_a.py": "tests/test_a.py::test_shared was collected, and the text of the file does not show it",
+        "tests/test_b.py": "tests/test_b.py::test_x was collected, and the text of the file does not show it",
+    }
+
+
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        (
+            "def pytest_pycollect_makeitem(name): return [] if name == 'test_b' else None",
+            "tests/test_b.py::test_b is listed, and pytest did not collect it",
+        ),
+        (
+            "def pytest_collection_modifyitems(items): items[:] = [i for i in items if i.name != 'test_b']",
+            "tests/test_b.py::test_b was collected, and a hook dropped it",
+        ),
+    ],
+)
+def test_what_is_listed_and_vanishes_is_not_green(hook: str, said: str, tmp_path: Path) -> None:
+    files = {"conftest.py": hook, "test_a.py": PASSES, "test_b.py": "def test_b(): pass\ndef test_c(): pass"}
+    report = run_project(make_project(tmp_path, files), continue_on_error=True)
+    assert report.exit_code == 1
+    (lost,) = [each for each in report.results if each.status == "failed"]
+    assert lost.test == "tests/test_b.py" and said in lost.attempts[0].text
+
+
+def test_a_file_that_skips_itself_is_listed_with_its_reason(tmp_path: Path) -> None:
+    files = {
+        "test_a.py": PASSES,
+        "test_b.py": "nothing = pytest.importorskip('nothing_of_this_name')\ndef test_b(): pass",
+    }
+    registry = make_project(tmp_path, files)
+    report = run_project(registry)
+    assert report.exit_code == 0 and statuses(report) == {"test_a": "passed"}
+    ((test, reason),) = report.suites[0].not_run
+    assert test == "tests/test_b.py::test_b" and "could not import 'nothing_of_this_name'" in reason
+    (tmp_path / "tests" / "test_a.py").unlink()
+    assert run_project(load_registry(registry.project)).exit_code == 5, "nothing but a file that skips itself"
+
+
+def test_a_success_that_was_not_expected_is_not_green(tmp_path: Path) -> None:
+    text = "@pytest.mark.xfail(reason='soon')\ndef test_a(): pass\n@pytest.mark.xfail\ndef test_b(): assert 0"
+    report = run_project(make_project(tmp_path, {"test_a.py": text}), continue_on_error=True)
+    assert statuses(report) == {"test_a": "failed", "test_b": "skipped"} and report.exit_code == 1
+    assert "take the mark away" in by_test(report)["test_a"].attempts[0].text
+
+
+def test_a_budget_of_flaky_tests_does_not_need_to_be_told_to_go_on(tmp_path: Path) -> None:
+    files = {"test_a.py": FAILS_ONCE.format(failure="assert False"), "test_b.py": "def test_b(): pass"}
+    report = run_project(make_project(tmp_path, files), flaky_budget=1, num_lanes=1)
+    assert statuses(report) == {"test_sometimes": "flaky", "test_b": "passed"}
+    assert (report.exit_code, report.stopped) == (0, False)
+    root = ElementTree.parse(tmp_path / "report" / "junit.xml")
+    assert not root.findall(".//failure") and not root.findall(".//error")
+
+
+def test_exclusive_tests_are_run_again_alone(tmp_path: Path) -> None:
+    text = """
+        import os
+        import pytest
+        from pathlib import Path
+        pytestmark = pytest.mark.suite("cpu")
+        def note(name):
+            with Path("order").open("a") as stream:
+                stream.write(f"{name} {os.getpid()}\\n")
+            assert False
+        @pytest.mark.suite("cpu", exclusive=True)
+        def test_alone(): note("alone")
+        def test_one(): note("one")
+        def test_two(): note("two")
+    """
+    report = run_project(make_project(tmp_path, {"test_a.py": text}), continue_on_error=True)
+    assert report.exit_code == 1
+    lines = [line.split() for line in (tmp_path / "order").read_text().splitlines()]
+    again = dict(lines[3:])
+    assert set(again) == {"alone", "one", "two"}
+    assert again["one"] == again["two"] != again["alone"]
+
+
+def test_processes_that_a_test_leaves_behind_end_with_its_process(tmp_path: Path) -> None:
+    text = """
+        import subprocess
+        from pathlib import Path
+        def test_a():
+            left = subprocess.Popen(["sleep", "77"])
+            Path("left").write_text(str(left.pid))
+    """
+    assert run_project(make_project(tmp_path, {"test_a.py": text})).exit_code == 0
+    left = int((tmp_path / "left").read_text())
+    deadline_s = time.monotonic() + 10
+    while psutil.pid_exists(left) and psutil.Process(left).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_filter_starts_no_process_for_what_it_does_not_take(tmp_path: Path) -> None:
+    mark = 'import pytest\npytestmark = pytest.mark.suite("cpu", exclusive=True)\ndef test_{}(x=0): pass'
+    files = {f"test_{name}.py": mark.format(name) for name in "abcd"}
+    report = run_project(make_project(tmp_path, files), keyword="test_c")
+    assert statuses(report) == {"test_c": "passed"} and report.exit_code == 0
+    logs = {path.name for path in (tmp_path / "report" / "logs").glob("*.log")}
+    assert logs == {"collect-cpu.log", "alone0-0.log"}

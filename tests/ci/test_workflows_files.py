@@ -121,28 +121,57 @@ def test_a_suite_that_no_job_reaches_is_found(ci: dict[Any, Any]) -> None:
     assert {text.partition(":")[0] for text in found} == {"sim", "musa-1", "musa-2"}
 
 
+FREE_MATRICES = {"wheels.yml"}
+"""Architectures that a compiler is there for; no suite decides them."""
+
+
 def counted_by_hand(text: str) -> list[str]:
-    """Lines that fix a number of parts, or list parts, instead of asking the plan."""
+    """Lines of a script that fix a number of parts instead of asking the plan."""
     return [
         line.strip()
         for line in text.splitlines()
         if re.search(r"(partitions?|partition-id|parts?|total)\b[\"': =]+\[?\s*\d", line)
-        or re.search(r"matrix:\s*\{?\s*part", line)
     ]
+
+
+def fixed_matrices(name: str, found: dict[Any, Any]) -> Iterator[str]:
+    """Jobs whose matrix is written down instead of computed by the plan."""
+    for job, content in found["jobs"].items():
+        strategy = content.get("strategy", {})
+        matrix = strategy.get("matrix")
+        values = [matrix] if isinstance(matrix, str) else list((matrix or {}).values())
+        is_computed = all(
+            isinstance(value, str) and re.fullmatch(r"\$\{\{ fromJSON\(.+\) \}\}", value) for value in values
+        )
+        if name not in FREE_MATRICES and matrix is not None and not is_computed:
+            yield f"{name}: job {job}"
 
 
 def test_no_number_of_parts_is_kept_by_hand() -> None:
     for path in [*WORKFLOWS.glob("*.yml"), *SCRIPTS.glob("*.sh")]:
         assert counted_by_hand(path.read_text("utf-8")) == [], path.name
-    strategy = workflow("platform.yml")["jobs"]["part"]["strategy"]
-    assert strategy["matrix"] == {"include": "${{ fromJSON(inputs.parts) }}"} and not strategy["fail-fast"]
+    for path in WORKFLOWS.glob("*.yml"):
+        assert list(fixed_matrices(path.name, workflow(path.name))) == []
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"matrix": {"shard": [0, 1, 2]}},
+        {"matrix": {"include": [{"suite": "cpu", "id": 0}]}},
+        {"matrix": {"include": "${{ fromJSON(inputs.parts) }}", "more": ["a"]}},
+        {"matrix": "[0, 1]"},
+    ],
+)
+def test_a_matrix_that_is_written_down_is_found(strategy: dict[str, Any]) -> None:
+    planted = {"jobs": {"more": {"strategy": strategy}, "plain": {}}}
+    assert list(fixed_matrices("ci.yml", planted)) == ["ci.yml: job more"]
 
 
 @pytest.mark.parametrize(
     "line",
     [
         "run: lockstep suites run --total-partitions 4",
-        "matrix: { part: [0, 1, 2] }",
         "part: [0, 1]",
         "PARTS: 3",
         "total: '2'",
@@ -151,6 +180,154 @@ def test_no_number_of_parts_is_kept_by_hand() -> None:
 )
 def test_a_number_kept_by_hand_is_found(line: str) -> None:
     assert counted_by_hand(line.lower()) == [line.lower()]
+
+
+PART_STEPS: dict[str, dict[str, Any]] = {
+    "Install": {
+        "name": "Install",
+        "env": {"INSTALL": "${{ inputs.install }}"},
+        "run": 'bash "scripts/ci/install_$INSTALL.sh"',
+    },
+    "Run": {
+        "name": "Run",
+        "env": {
+            "SUITE": "${{ matrix.suite }}",
+            "STAGE": "${{ inputs.stage }}",
+            "PART": "${{ matrix.id }}",
+            "PARTS": "${{ matrix.total }}",
+            "LOCKSTEP_REQUIRE_BROWSER": 1,
+        },
+        "run": '.venv/bin/lockstep suites run --suite "$SUITE" --stage "$STAGE" --continue-on-error '
+        '--partition-id "$PART" --total-partitions "$PARTS" --report-dir build/suites\n',
+    },
+    "Keep the report": {
+        "name": "Keep the report",
+        "if": "always()",
+        "uses": "actions/upload-artifact@v6",
+        "with": {
+            "name": "report-${{ matrix.suite }}-${{ matrix.id }}",
+            "path": "build/suites",
+            "if-no-files-found": "error",
+        },
+    },
+}
+"""What makes a part of a plan count; another key, such as continue-on-error, would let a failure pass."""
+
+
+def idle_parts(platform: dict[Any, Any]) -> Iterator[str]:
+    """What keeps a job of a part from running the part and telling what came of it."""
+    job = platform["jobs"]["part"]
+    if set(job) != {"name", "runs-on", "timeout-minutes", "environment", "strategy", "steps"}:
+        yield f"the job has {sorted(job)}"
+    if job["strategy"] != {"fail-fast": False, "matrix": {"include": "${{ fromJSON(inputs.parts) }}"}}:
+        yield f"the strategy is {job['strategy']}"
+    if job["runs-on"] != "${{ matrix.runner }}":
+        yield f"it runs on {job['runs-on']}"
+    steps = {step.get("name", step.get("uses", "")): step for step in job["steps"]}
+    if list(steps) != ["actions/checkout@v6", *PART_STEPS]:
+        yield f"the steps are {list(steps)}"
+    for name, wanted in PART_STEPS.items():
+        if steps.get(name) != wanted:
+            yield f"step {name} is {steps.get(name)}"
+
+
+def test_each_part_runs_its_share_and_keeps_the_report() -> None:
+    assert list(idle_parts(workflow("platform.yml"))) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "change", "said"),
+    [
+        (2, {"run": "echo all well"}, "step Run is"),
+        (2, {"continue-on-error": True}, "step Run is"),
+        (2, {"if": "false"}, "step Run is"),
+        (2, {"env": {"SUITE": "cpu"}}, "step Run is"),
+        (1, {"continue-on-error": True}, "step Install is"),
+        (3, {"if": "success()"}, "step Keep the report is"),
+        (None, {"continue-on-error": True}, "the job has"),
+        (None, {"if": "false"}, "the job has"),
+        (None, {"strategy": {"fail-fast": False, "matrix": {"id": [0]}}}, "the strategy is"),
+    ],
+)
+def test_a_part_that_does_nothing_is_found(step: int | None, change: dict[str, Any], said: str) -> None:
+    platform = copy.deepcopy(workflow("platform.yml"))
+    job = platform["jobs"]["part"]
+    (job if step is None else job["steps"][step]).update(change)
+    (fault,) = idle_parts(platform)
+    assert fault.startswith(said)
+
+
+def lenient(found: dict[Any, Any]) -> Iterator[str]:
+    """What would keep the one required check from failing, or suites from being planned."""
+    summary, plan = found["jobs"]["summary"], found["jobs"]["plan"]
+    if summary.get("if") != "always()":
+        yield "the summary may be skipped, and a skipped check counts as passed"
+    if "python3 scripts/ci/summary.py reports --needs needs.json" not in summary["steps"][-1].get("run", ""):
+        yield "the summary asks nobody"
+    if plan["env"]["RUNNERS"] != "${{ vars.LOCKSTEP_RUNNERS || 'cpu sim' }}":
+        yield "the platforms with machines are not cpu and sim by default"
+    runs = [step.get("run", "") for step in plan["steps"]]
+    for script in ('touched.sh "$BASE" affected.json', "plan.sh affected.json"):
+        if not any(f"bash scripts/ci/{script}" in run for run in runs):
+            yield f"the plan does not run {script}"
+    for name, job in found["jobs"].items():
+        if any("continue-on-error" in each for each in (job, *job.get("steps", ()))):
+            yield f"job {name} may fail unseen"
+    group = "ci-${{ github.workflow }}-${{ github.event_name == 'push' && github.sha || github.ref }}"
+    if found["concurrency"]["group"] != group:
+        yield "of several pushes some would go untested"
+
+
+def test_the_required_check_can_fail(ci: dict[Any, Any]) -> None:
+    assert list(lenient(ci)) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        (("jobs", "summary"), {"if": "success()"}),
+        (("jobs", "summary"), {"continue-on-error": True}),
+        (("jobs", "summary", "steps", 2), {"run": "echo passed"}),
+        (("jobs", "summary", "steps", 2), {"continue-on-error": True}),
+        (("jobs", "plan", "env"), {"RUNNERS": "${{ vars.LOCKSTEP_RUNNERS || 'sim' }}"}),
+        (("jobs", "plan", "steps", 4), {"run": "echo cpu=[]"}),
+        (("jobs", "checks", "steps", 3), {"continue-on-error": True}),
+        (("concurrency",), {"group": "ci-${{ github.ref }}"}),
+    ],
+)
+def test_a_check_that_cannot_fail_is_found(
+    ci: dict[Any, Any], where: tuple[Any, ...], change: dict[str, Any]
+) -> None:
+    place = ci
+    for key in where:
+        place = place[key]
+    place.update(change)
+    assert len(list(lenient(ci))) == 1
+
+
+def test_the_oldest_python_that_is_promised_runs_the_cpu_suite() -> None:
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (PROJECT / "pyproject.toml").read_text("utf-8"))
+    assert oldest is not None
+    steps = workflow("nightly.yml")["jobs"]["oldest"]["steps"]
+    assert {"python-version": oldest[1]} in [step.get("with") for step in steps]
+    assert any("lockstep suites run --suite cpu" in step.get("run", "") for step in steps)
+
+
+def test_gates_that_have_no_machine_are_said_to_be_left_out() -> None:
+    jobs = workflow("nightly.yml")["jobs"]
+    assert jobs["gates"]["if"] == "vars.LOCKSTEP_GATES_RUNNER != ''"
+    assert jobs["gates-left-out"]["if"] == "vars.LOCKSTEP_GATES_RUNNER == ''"
+    assert "left out: the gates" in jobs["gates-left-out"]["steps"][0]["run"]
+
+
+def test_code_of_pull_requests_waits_for_a_reviewer_before_it_reaches_a_machine_of_ours(
+    ci: dict[Any, Any],
+) -> None:
+    for suite in open_project(PROJECT).suites.values():
+        given = ci["jobs"][suite.platform]["with"].get("environment")
+        is_hosted = suite.platform in ("cpu", "sim")
+        assert given == (None if is_hosted else "${{ github.event_name == 'pull_request' && 'devices' || '' }}")
+    assert workflow("platform.yml")["jobs"]["part"]["environment"] == "${{ inputs.environment }}"
 
 
 def test_the_workflows_start_when_they_should() -> None:

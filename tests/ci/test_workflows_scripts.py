@@ -236,6 +236,40 @@ def test_the_page_is_not_green_when_something_is_missing(
     assert subprocess.run(command, capture_output=True).returncode == 1
 
 
+def test_the_reports_of_a_single_part_lie_without_a_folder(tmp_path: Path) -> None:
+    """So the action that downloads them leaves them where only one artifact fits its pattern."""
+    (tmp_path / "summary.md").write_text("7 passed\n", "utf-8")
+    assert list(summary.faults(state(), tmp_path)) == []
+    assert "7 passed" in "\n".join(summary.page(state(), tmp_path))
+    two = state(parts=[PART, {**PART, "id": 1, "number": 2, "total": 2}])
+    assert len(list(summary.faults(two, tmp_path))) == 2, "whose it is would be a guess"
+
+
+def test_what_parts_measured_is_joined_and_the_rest_is_named(project: SmallProject) -> None:
+    for number, times in enumerate(({"tests/server/test_app.py": 3.5}, {"tests/gone.py": 1.0})):
+        measured = {"cpu": {target: {"per-commit": seconds} for target, seconds in times.items()}}
+        folder = project.root / "reports" / f"report-cpu-{number}"
+        folder.mkdir(parents=True)
+        (folder / "durations.json").write_text(json.dumps(measured), "utf-8")
+    (project.root / ".ci" / "durations.json").write_text(
+        '{"cpu": {"tests/cli/test_main.py": {"per-commit": 2}}}'
+    )
+    command = [sys.executable, "scripts/ci/join_durations.py"]
+    done = subprocess.run(
+        [*command, "reports", "joined.json"], cwd=project.root, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((project.root / "joined.json").read_text()) == {
+        "cpu": {"tests/cli/test_main.py": {"per-commit": 2.0}, "tests/server/test_app.py": {"per-commit": 3.5}}
+    }
+    assert "2 times measured by 2 parts" in done.stdout
+    assert "- cpu: 3 never measured: tests/engine/test_llm.py, tests/ops/test_parity.py" in done.stdout
+    nothing = subprocess.run(
+        [*command, "absent", "joined.json"], cwd=project.root, capture_output=True, timeout=60
+    )
+    assert nothing.returncode == 1
+
+
 def test_a_change_that_touches_no_suite_is_no_success_story(tmp_path: Path) -> None:
     needs = state("skipped", parts=[])
     assert list(summary.faults(needs, tmp_path)) == []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lockstep
+from lockstep.bench.processor import processor_details
 from lockstep.platforms.registry import load_platform, platform_names
 
 LIBRARIES = (
@@ -34,6 +35,7 @@ def fingerprint() -> dict[str, Any]:
     """
     return {
         "devices": _devices(),
+        "processor": processor_details(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "libraries": {name: found for name in LIBRARIES if (found := _version(name)) is not None},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,18 @@ _ENDED_WELL = (0, 1, 2, 5)
 
 @dataclass(slots=True)
 class Batch:
-    """What one process did. `tests` maps what was collected to its stage, and is None when it did not get that far.
+    """What one process did. `tests` maps what was selected to its stage, and is None when it did not get that far.
 
-    `broken` maps files that could not be collected to the reason. `ending` says how the process ended, if badly.
+    `found` maps everything that pytest collected to the registry's name of the test, `later` is left to processes of
+    its own. `broken` maps files that could not be collected to the reason, `skipped` those that skipped themselves.
+    `ending` says how the process ended, if badly.
     """
 
     tests: dict[str, str] | None = None
+    found: dict[str, str] = field(default_factory=dict)
+    later: list[str] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     attempts: dict[str, Attempt] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     running: str | None = None
@@ -46,6 +52,9 @@ class Batch:
         kind = event["event"]
         if kind == "collected":
             self.tests, self.not_run = event["tests"], event["not_run"]
+            self.found, self.later = event["found"], event["later"]
+        elif kind == "skipped":
+            self.skipped[event["path"]] = event["text"]
         elif kind == "broken":
             self.broken[event["path"]] = event["text"]
         elif kind == "started":
@@ -81,15 +90,21 @@ class Child:
         self._command += ["--suite-events", str(self._events), *arguments]
         self._root = root
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ended = False
 
     def run(self, on_event: Callable[[dict[str, Any], Batch], None]) -> Batch:
-        """Runs to the end and calls `on_event` after each event, with what is known by then."""
+        """Runs to the end and calls `on_event` after each event, with what is known by then.
+
+        Processes that the tests left behind in this one's group are ended too.
+        """
         batch = Batch()
         self._events.touch()
         with self.log.open("wb") as log, self._events.open(encoding="utf-8") as events:
             self._process = subprocess.Popen(
                 self._command, cwd=self._root, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+            if self._is_ended:
+                self._end_group()
             while True:
                 ended = self._process.poll() is not None
                 for event in _complete_lines(events):
@@ -98,17 +113,21 @@ class Child:
                 if ended:
                     break
                 time.sleep(POLL_S)
+        self._end_group()
         batch.ending = self._how_it_ended(self._process.returncode, batch)
         return batch
 
     def end(self) -> None:
-        """Ends the process and what it started, if it runs."""
+        """Ends the process and what it started, now or as soon as it starts."""
+        self._is_ended = True
         if self._process is not None and self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                return
+            self._end_group()
             self._process.wait()
+
+    def _end_group(self) -> None:
+        assert self._process is not None
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def log_tail(self) -> str:
         """The last lines that the process wrote."""

@@ -25,8 +25,7 @@ class _Rule:
     while_loading: bool = False
 
     def matches(self, error: BaseException, loading: tuple[str, ...]) -> bool:
-        names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(error).__mro__}
-        if names.isdisjoint(self.types):
+        if not _is_a(error, self.types):
             return False
         if self.codes and getattr(error, self.attribute, None) not in self.codes:
             return False
@@ -56,33 +55,53 @@ _RULES = (
 )
 
 _VERDICTS = ("builtins.AssertionError", "_pytest.outcomes.OutcomeException")
-"""A test that judged, whatever led to it, is never the machine's failure."""
+"""A test that judged, whatever came before or after, is never the machine's failure."""
+
+_WRAPPERS = ("lockstep.core.errors.EngineDead", "lockstep.core.errors.ModelFileError", "urllib.error.URLError")
+"""Errors that only report another one: what was being handled when they were raised is what went wrong."""
 
 
 def infrastructure_failure(error: BaseException, loading: tuple[str, ...]) -> Kind | None:
     """What the machine did, or None: then the failure is the code's.
 
-    Walks from the exception to its causes and, where none is stated, to what was being handled when it was raised.
-    A verdict of a test on the way ends the walk. `loading` names packages: memory that runs out counts only when it
-    was asked for by their code or by what that code called.
+    A verdict of a test, a stated cause or whatever was being handled anywhere behind `error`, makes it the code's.
+    Otherwise the machine must have failed first: an error of the machine's kinds excuses `error` and what was raised
+    from it, and only the machine's other errors may lie behind it. So an error of the clean-up does not excuse the
+    wrong result that led there. `loading` names packages: memory that runs out counts only when it was asked for by
+    their code or by what that code called.
     """
-    for each in _chain(error):
-        names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(each).__mro__}
-        if not names.isdisjoint(_VERDICTS):
-            return None
-        for rule in _RULES:
-            if rule.matches(each, loading):
-                return rule.kind
-    return None
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
+    if any(_is_a(each, _VERDICTS) for each in _everything_behind(error)):
+        return None
+    kind: Kind | None = None
     found: BaseException | None = error
     for _ in range(_LONGEST_CHAIN):
         if found is None:
-            return
+            return kind
+        here = next((rule.kind for rule in _RULES if rule.matches(found, loading)), None)
+        is_wrapper = _is_a(found, _WRAPPERS)
+        if kind is not None and here is None and not is_wrapper:
+            return None
+        kind = kind or here
+        handled = None if is_wrapper and found.__suppress_context__ else found.__context__
+        found = found.__cause__ or (handled if is_wrapper or here is not None else None)
+    return None
+
+
+def _is_a(error: BaseException, types: tuple[str, ...]) -> bool:
+    return not {f"{cls.__module__}.{cls.__qualname__}" for cls in type(error).__mro__}.isdisjoint(types)
+
+
+def _everything_behind(error: BaseException) -> Iterator[BaseException]:
+    """The error, its causes, what was being handled (hidden or not) and members of groups, each once."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting and len(seen) < _LONGEST_CHAIN:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
         yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+        waiting += [found.__cause__, found.__context__, *getattr(found, "exceptions", ())]
 
 
 def _raised_in(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:

@@ -26,7 +26,7 @@ class Ledger:
                 self._results[suite, test] = TestResult(
                     suite, file_of(test), test, stages.get(test, ""), [attempt]
                 )
-            for test, reason in batch.not_run.items():
+            for test, reason in {**batch.not_run, **batch.skipped}.items():
                 self._not_run[suite, _function(test)] = reason
 
     def fail(self, suite: str, tests: Iterable[str], text: str) -> None:
@@ -57,7 +57,8 @@ class Ledger:
         return [result for (name, _), result in sorted(self._results.items()) if name == suite]
 
     def not_run(self, registry: Registry, suite: str, stage: str) -> list[tuple[str, str]]:
-        """(test, reason) of the suite's disabled tests, and of those that need what the device lacks."""
+        """(test, reason) of the suite's disabled tests, of those that need what the device lacks, and of those whose
+        file skipped itself."""
         left = []
         for file in registry.files:
             for test in file.tests:
@@ -66,9 +67,17 @@ class Ledger:
                     continue
                 if mark.disabled is not None:
                     left.append((name, f"disabled since {mark.disabled.since}: {mark.disabled.reason}"))
-                elif mark.belongs(suite, stage) and (suite, name) in self._not_run:
-                    left.append((name, self._not_run[suite, name]))
+                elif mark.belongs(suite, stage) and (reason := self._reason(suite, name)) is not None:
+                    left.append((name, reason))
         return left
+
+    def _reason(self, suite: str, test: str) -> str | None:
+        """Of the test itself, its class or its file."""
+        while test:
+            if (suite, test) in self._not_run:
+                return self._not_run[suite, test]
+            test = test.rpartition("::")[0]
+        return None
 
 
 def file_of(test: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -68,9 +68,16 @@ def _rows(registry: Registry, file: MarkedFile) -> Iterator[Listed]:
 
 
 def suite_sizes(registry: Registry) -> list[dict[str, Any]]:
-    """Each suite with its platform, devices, files and seconds in each stage."""
+    """Each suite with its platform, devices, and files and seconds in each stage; `unmeasured` counts those of the
+    files whose seconds are estimates.
+    """
     durations = load_durations(registry.project.durations_path)
     return [_size(registry, name, durations) for name in registry.project.suites]
+
+
+def suites_without(stage: str, sizes: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the suites that have no test in a stage."""
+    return [size["suite"] for size in sizes if not size["stages"][stage]["files"]]
 
 
 def _size(registry: Registry, name: str, durations: Durations) -> dict[str, Any]:
@@ -78,7 +85,8 @@ def _size(registry: Registry, name: str, durations: Durations) -> dict[str, Any]
     stages = {}
     for stage in STAGES:
         jobs = registry.jobs([name], stage, durations)
-        stages[stage] = {"files": len(jobs), "seconds": round(total_s(jobs), 1)}
+        unmeasured = sum(durations.get(name, job.target, stage) is None for job in jobs)
+        stages[stage] = {"files": len(jobs), "seconds": round(total_s(jobs), 1), "unmeasured": unmeasured}
     return {
         "suite": name,
         "platform": suite.platform,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
+from fnmatch import fnmatch
 from typing import Any
 
 from lockstep.ci.project import STAGES, Project, Stage
@@ -53,12 +54,23 @@ class MarkedFile:
     """What the text of a test file says.
 
     `path` is relative to the project's root, with slashes. `tests` are the tests that the text defines, in pytest's
-    words ("test_a", "TestB::test_c"). `marks` holds a mark for each scope that states one; the file's own is "".
+    words ("test_a", "TestB::test_c"), each once; a class that only inherits its tests stands for them. `marks` holds a
+    mark for each scope that states one; the file's own is "". `inheriting` are test classes with bases, which may hold
+    more tests than the text shows.
     """
 
     path: str
     tests: tuple[str, ...]
     marks: Mapping[str, SuiteMark]
+    inheriting: frozenset[str] = frozenset()
+
+    def knows(self, test: str) -> bool:
+        """True for a test that the text shows or that one of its classes may inherit."""
+        while test:
+            if test in self.tests or test in self.inheriting:
+                return True
+            test = test.rpartition("::")[0]
+        return False
 
     def scope_of(self, test: str) -> str:
         """The scope whose mark counts for a test: the test itself, its class, or the file ("")."""
@@ -91,7 +103,7 @@ def read_marks(path: str, text: str, project: Project) -> MarkedFile:
     reader = _Reader(path, project)
     reader.read("", tree)
     reader.refuse_the_rest(tree)
-    return MarkedFile(path, tuple(reader.tests), reader.marks)
+    return MarkedFile(path, tuple(dict.fromkeys(reader.tests)), reader.marks, frozenset(reader.inheriting))
 
 
 class _Reader:
@@ -103,6 +115,7 @@ class _Reader:
         self._placed: set[int] = set()
         self.tests: list[str] = []
         self.marks: dict[str, SuiteMark] = {}
+        self.inheriting: set[str] = set()
 
     def read(self, scope: str, node: Scope) -> None:
         written = [call for call in _mark_expressions(node) if _is_mark(call.func)]
@@ -115,13 +128,42 @@ class _Reader:
             self.tests.append(scope)
             return
         num_before = len(self.tests)
+        self._refuse_doubles(node)
         for member in _statements(node):
             below = f"{scope}::" if scope else ""
             self.tests += [below + name for name in _borrowed_tests(member)]
-            if isinstance(member, (*_FUNCTIONS, ast.ClassDef)) and _is_test(member):
+            if isinstance(member, (*_FUNCTIONS, ast.ClassDef)) and self._is_test(member):
                 self.read(below + member.name, member)
-        if isinstance(node, ast.ClassDef) and node.bases and len(self.tests) == num_before:
-            self.tests.append(scope)  # what it inherits
+        if isinstance(node, ast.ClassDef):
+            self._look_at_class(scope, node, len(self.tests) - num_before)
+
+    def _look_at_class(self, scope: str, node: ast.ClassDef, num_tests: int) -> None:
+        if node.bases:
+            self.inheriting.add(scope)
+            if not num_tests:
+                self.tests.append(scope)  # what it inherits
+        constructors = [each for each in node.body if getattr(each, "name", None) in ("__init__", "__new__")]
+        if constructors and num_tests and not _is_unittest(node):
+            raise self._error(constructors[0], f"{node.name} has a constructor, so pytest would not collect it")
+
+    def _refuse_doubles(self, node: Scope) -> None:
+        """Of two tests of one name only the second runs; below `if` and `else` there may be one each."""
+        lines: dict[str, int] = {}
+        for member in node.body:
+            names = _borrowed_tests(member)
+            if isinstance(member, (*_FUNCTIONS, ast.ClassDef)) and self._is_test(member):
+                names = [member.name]
+            for name in names:
+                if name in lines:
+                    raise self._error(member, f"a second {name}: the first, in line {lines[name]}, never runs")
+                lines[name] = member.lineno
+
+    def _is_test(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+        if isinstance(node, _FUNCTIONS):
+            return _fits(node.name, self._project.function_patterns)
+        if _is_switched_off(node):
+            return False
+        return _is_unittest(node) or _fits(node.name, self._project.class_patterns)
 
     def refuse_the_rest(self, tree: ast.Module) -> None:
         """A mark that is stored, aliased, computed or set on one parameter would be seen by pytest and not here."""
@@ -182,6 +224,9 @@ class _Reader:
             since = date.fromisoformat(given["since"])
         except ValueError:
             raise self._error(call, f"since must be a date like 2026-01-31, not {given['since']!r}") from None
+        # Its author's day may have begun earlier than this machine's.
+        if since > date.today() + timedelta(days=1):
+            raise self._error(call, f"since must not lie in the future, as {since} does")
         return Disabled(given["disabled"], given["issue"], since)
 
     def _literal(self, node: ast.expr) -> Any:
@@ -190,7 +235,7 @@ class _Reader:
         except ValueError:
             raise self._error(node, f"a suite mark takes literals only, not `{ast.unparse(node)}`") from None
 
-    def _error(self, node: ast.expr, text: str) -> MarkError:
+    def _error(self, node: ast.expr | ast.stmt, text: str) -> MarkError:
         return MarkError(f"{self._path}:{node.lineno}: {text}")
 
 
@@ -205,8 +250,30 @@ def _statements(node: ast.AST) -> Iterator[ast.stmt]:
             yield from _statements(child)
 
 
-def _is_test(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
-    return node.name.startswith("Test" if isinstance(node, ast.ClassDef) else "test")
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    """pytest's rule for python_functions and python_classes: a beginning, or a pattern where it has wildcards."""
+    return any(
+        fnmatch(name, pattern) if set(pattern) & set("*?[") else name.startswith(pattern)
+        for pattern in patterns
+    )
+
+
+def _is_unittest(node: ast.ClassDef) -> bool:
+    """True for what pytest collects whatever it is called."""
+    return any(
+        ast.unparse(base).rpartition(".")[2] in ("TestCase", "IsolatedAsyncioTestCase") for base in node.bases
+    )
+
+
+def _is_switched_off(node: ast.ClassDef) -> bool:
+    """True for a class that says `__test__ = False`."""
+    return any(
+        isinstance(each, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == "__test__" for target in each.targets)
+        and isinstance(each.value, ast.Constant)
+        and each.value.value is False
+        for each in node.body
+    )
 
 
 def _borrowed_tests(statement: ast.stmt) -> list[str]:

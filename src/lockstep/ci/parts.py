@@ -44,6 +44,18 @@ class Durations:
         """Replaces what was known."""
         self.measured.setdefault(suite, {}).setdefault(target, {})[stage] = round(seconds, 2)
 
+    @property
+    def num_times(self) -> int:
+        """How many there are."""
+        return sum(len(stages) for targets in self.measured.values() for stages in targets.values())
+
+    def update(self, newer: Durations) -> None:
+        """Takes over what was measured since."""
+        for suite, targets in newer.measured.items():
+            for target, stages in targets.items():
+                for stage, seconds in stages.items():
+                    self.record(suite, target, stage, seconds)
+
     def keep_only(self, targets: Iterable[tuple[str, str]]) -> None:
         """Drops what is not the (suite, target) of a job any more."""
         wanted = set(targets)

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,6 +28,10 @@ from lockstep.core.errors import LockstepError
 
 GRACE_S = 20.0
 """From the end of a test's time, which raises in the test, to the end of the process, which code in C cannot ignore."""
+
+
+UNEXPECTED = "expected to fail, and passed: take the mark away"
+"""What is said of a test with a mark xfail that is out of date; pytest alone would call it passed."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,7 +73,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(TimeLimit(limit_s), "lockstep-suite-time-limit")
     events = config.getoption("--suite-events")
     if events is not None:
-        watch = Watch(picker, plugin.left_out, Path(events), config.getoption("--suite-stop-file"))
+        watch = Watch(picker, plugin, Path(events), config.getoption("--suite-stop-file"))
         config.pluginmanager.register(watch, "lockstep-suite-watch")
 
 
@@ -131,11 +135,12 @@ class Picker:
 
 
 class SuitePlugin:
-    """Takes the selected tests and leaves out the others, saying why."""
+    """Takes the selected tests and leaves out the others, saying why; `later` are those that another process takes."""
 
     def __init__(self, picker: Picker) -> None:
         self._picker = picker
         self.left_out: dict[str, str] = {}
+        self.later: list[str] = []
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "suite_platform" not in metafunc.fixturenames:
@@ -159,8 +164,12 @@ class SuitePlugin:
             reason = self._picker.refusal(mark) if mark is not None else None
             if reason is not None:
                 self.left_out[item.nodeid] = reason
-            is_taken = reason is None and not self._picker.comes_later(item.path, test_name(item))
-            (taken if is_taken else left).append(item)
+            elif self._picker.comes_later(item.path, test_name(item)):
+                self.later.append(item.nodeid)
+            else:
+                taken.append(item)
+                continue
+            left.append(item)
         items[:] = taken
         if left:
             config.hook.pytest_deselected(items=left)
@@ -228,13 +237,16 @@ class TimeLimit:
 class Watch:
     """Writes what happens: one JSON object a line, flushed, so that a process that dies leaves its last words.
 
-    {"event": "collected", "tests": {id: stage}, "not_run": {id: reason}}, then for each test "started", one
-    "phase" for its set-up, call and tear-down, "ended"; "broken" for a file that cannot be collected, "finished" last.
+    {"event": "collected", "found": {id: test}, "tests": {id: stage}, "not_run": {id: reason}, "later": [id]}, then for
+    each test "started", one "phase" for its set-up, call and tear-down, "ended"; "broken" for a file that cannot be
+    collected, "skipped" for one that skips itself, "finished" last. `found` is everything that pytest collected, by
+    its id, in the registry's words.
     """
 
-    def __init__(self, picker: Picker, left_out: Mapping[str, str], path: Path, stop_file: str | None) -> None:
+    def __init__(self, picker: Picker, choice: SuitePlugin, path: Path, stop_file: str | None) -> None:
         self._picker = picker
-        self._left_out = left_out
+        self._choice = choice
+        self._found: dict[str, str] = {}
         self._stream: TextIO = path.open("a", encoding="utf-8")
         self._stop_file = Path(stop_file) if stop_file is not None else None
 
@@ -245,13 +257,20 @@ class Watch:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self._write("broken", path=report.nodeid, text=str(report.longrepr))
+        elif report.skipped:
+            self._write("skipped", path=report.nodeid, text=_why_skipped(report))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self._found = {item.nodeid: f"{item.nodeid.partition('::')[0]}::{test_name(item)}" for item in items}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         tests = {}
         for item in session.items:
             mark = self._picker.mark_of(item.path, test_name(item))
             tests[item.nodeid] = mark.stage if mark is not None else STAGES[0]
-        self._write("collected", tests=tests, not_run=self._left_out)
+        choice = self._choice
+        self._write("collected", found=self._found, tests=tests, not_run=choice.left_out, later=choice.later)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write("started", test=nodeid)
@@ -260,6 +279,8 @@ class Watch:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         outcome: Any = yield
         report: pytest.TestReport = outcome.get_result()
+        if report.passed and hasattr(report, "wasxfail"):
+            report.outcome, report.longrepr = "failed", UNEXPECTED
         kind = None
         if report.failed and call.excinfo is not None:
             loading = self._picker.project.settings.loading
@@ -305,5 +326,9 @@ def _text(report: pytest.TestReport) -> str:
         wasxfail = getattr(report, "wasxfail", None)
         if wasxfail is not None:
             return f"expected to fail: {wasxfail}"
-        return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext
+        return _why_skipped(report)
     return "\n".join([report.longreprtext, *(f"--- {title}\n{text}" for title, text in report.sections)])
+
+
+def _why_skipped(report: pytest.CollectReport | pytest.TestReport) -> str:
+    return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else report.longreprtext

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 from lockstep.core.errors import ConfigError, nearest
+from lockstep.platforms.registry import platform_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +24,14 @@ EVERY_STAGE = "all"
 STAGE_CHOICES = (*STAGES, EVERY_STAGE)
 
 _Table = TypeVar("_Table")
+_PYTEST_OPTIONS = {
+    "test_folders": "testpaths",
+    "file_patterns": "python_files",
+    "function_patterns": "python_functions",
+    "class_patterns": "python_classes",
+}
+_FILES_OVER_PYPROJECT = ("pytest.toml", ".pytest.toml", "pytest.ini", ".pytest.ini")
+"""Where one of them exists, pytest does not look into pyproject.toml."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +61,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """A project with suites. `test_folders` and `file_patterns` are pytest's `testpaths` and `python_files`."""
+    """A project with suites. `test_folders` and the patterns are pytest's `testpaths`, `python_files`,
+    `python_functions` and `python_classes`."""
 
     root: Path
     suites: Mapping[str, Suite]
     settings: Settings
     test_folders: tuple[str, ...] = ("tests",)
     file_patterns: tuple[str, ...] = ("test_*.py", "*_test.py")
+    function_patterns: tuple[str, ...] = ("test",)
+    class_patterns: tuple[str, ...] = ("Test",)
 
     def suite(self, name: str) -> Suite:
         """The suite of that name. Raises ConfigError naming the nearest one."""
@@ -80,7 +94,7 @@ def find_project(start: Path) -> Project | None:
     for folder in (start.resolve(), *start.resolve().parents):
         path = folder / "pyproject.toml"
         if path.is_file():
-            tools = tomllib.loads(path.read_text("utf-8")).get("tool", {})
+            tools = _read(path).get("tool", {})
             stated = tools.get("lockstep", {}).get("testing")
             return None if stated is None else _project(folder, stated, tools.get("pytest", {}))
     return None
@@ -103,10 +117,28 @@ def _project(root: Path, stated: dict[str, Any], pytest_tables: dict[str, Any]) 
     }
     if not suites:
         raise ConfigError(f"{where}] states no suites; add a table [tool.lockstep.testing.suites.NAME]")
+    for suite in suites.values():
+        _check(suite, f"{where}.suites.{suite.name}]")
     settings = _filled(Settings, tables, f"{where}]")
-    ini = pytest_tables.get("ini_options", {})
-    found = {"test_folders": _words(ini.get("testpaths")), "file_patterns": _words(ini.get("python_files"))}
+    if settings.seconds_per_test <= 0:
+        raise ConfigError(f"{where}]: seconds_per_test must be above 0, not {settings.seconds_per_test}")
+    for name in _FILES_OVER_PYPROJECT:
+        if (root / name).is_file():
+            raise ConfigError(f"{root / name} hides pytest's options in pyproject.toml; move its own there")
+    ini = pytest_tables.get("ini_options", pytest_tables)
+    found = {name: _words(ini.get(option)) for name, option in _PYTEST_OPTIONS.items()}
     return Project(root, suites, settings, **{name: words for name, words in found.items() if words})
+
+
+def _check(suite: Suite, where: str) -> None:
+    if suite.devices < 1:
+        raise ConfigError(f"{where}: devices must be at least 1, not {suite.devices}")
+    known = platform_names()
+    if suite.platform not in known:
+        raise ConfigError(
+            f"{where}: unknown platform {suite.platform!r}{nearest(suite.platform, known)} "
+            f"(known here: {', '.join(known)})"
+        )
 
 
 def _filled(kind: type[_Table], values: dict[str, Any], where: str) -> _Table:
@@ -115,11 +147,16 @@ def _filled(kind: type[_Table], values: dict[str, Any], where: str) -> _Table:
         if name not in known:
             raise ConfigError(f"{where} has no key {name!r}{nearest(name, known)}")
     try:
-        return kind(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        )
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
 def _words(value: Any) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -47,6 +47,13 @@ class Registry:
         file = self.file(path)
         return file.target_of(name.partition("[")[0]) if file is not None else path
 
+    def is_exclusive(self, test: str) -> bool:
+        """True when nothing may run beside a test, named by pytest's node id."""
+        path, _, name = test.partition("::")
+        file = self.file(path)
+        mark = file.mark_of(name.partition("[")[0]) if file is not None else None
+        return mark is not None and mark.exclusive
+
     def jobs(self, suites: Iterable[str], stage: str, durations: Durations) -> tuple[Job, ...]:
         """One job for each suite and file that has tests of that suite in that stage, and one for each test or class
         of it that is exclusive by itself. Raises ConfigError for an unknown suite.
@@ -62,22 +69,23 @@ class Registry:
 def load_registry(project: Project) -> Registry:
     """Reads every file below the project's test folders; imports none.
 
-    A file that pytest would not collect but that defines tests is a problem too: they would run nowhere.
+    Tests that pytest would not collect, for their file's name or place, are problems too: they would run nowhere.
     """
-    files, problems = [], []
+    files, problems = [], [f"{path} lies in no test folder (testpaths)" for path in _outside(project)]
     for path in _python_files(project):
-        where, text = path.relative_to(project.root).as_posix(), path.read_text("utf-8")
-        if not any(fnmatch(path.name, pattern) for pattern in project.file_patterns):
-            problems += _uncollected(where, text)
-            continue
+        where = path.relative_to(project.root).as_posix()
         try:
-            file = read_marks(where, text, project)
+            file = read_marks(where, path.read_text("utf-8"), project)
         except MarkError as error:
             problems.append(str(error))
-            continue
-        if file.tests or file.marks:
-            files.append(file)
-            problems += _unmarked(file)
+        except UnicodeDecodeError as error:
+            problems.append(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
+        else:
+            if _is_test_file(path.name, project):
+                files.append(file)
+                problems += _unmarked(file)
+            else:
+                problems += _uncollected(file)
     return Registry(project, tuple(files), tuple(problems))
 
 
@@ -95,21 +103,40 @@ def _python_files(project: Project) -> list[Path]:
     return sorted(found)
 
 
-def _uncollected(where: str, text: str) -> list[str]:
-    names = [
-        node.name
-        for node in ast.parse(text, where).body
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+def _is_test_file(name: str, project: Project) -> bool:
+    return any(fnmatch(name, pattern) for pattern in project.file_patterns)
+
+
+def _outside(project: Project) -> list[str]:
+    """Files named like tests that lie elsewhere, of all that git tracks or would; none where there is no git."""
+    command = ["git", "-C", str(project.root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return []
+    folders = tuple(f"{name.strip('/')}/" for name in project.test_folders)
+    return [
+        path
+        for path in listed.split("\0")
+        if path.endswith(".py")
+        and not path.startswith(folders)
+        and _is_test_file(path.rpartition("/")[2], project)
+        and (project.root / path).is_file()
     ]
-    return [f"{where} defines {names[0]}, but pytest does not collect files of this name"] if names else []
+
+
+def _uncollected(file: MarkedFile) -> list[str]:
+    """Of a file whose name is no test's: helpers may have names and bases like tests, but no tests."""
+    own = [test for test in file.tests if test not in file.inheriting and ("::" in test or "test_" in test)]
+    return [f"{file.path} defines {own[0]}, but pytest does not collect files of this name"] if own else []
 
 
 def _unmarked(file: MarkedFile) -> list[str]:
-    if not file.tests:
-        return [f"{file.path} states a suite but holds no test"]
-    homeless = [test for test in file.tests if file.mark_of(test) is None]
-    if len(homeless) == len(file.tests):
+    if not file.marks:
         return [f'{file.path} belongs to no suite; state one: pytestmark = pytest.mark.suite("NAME")']
+    if not file.tests:
+        return [f"{file.path} states a suite but its text shows no test; define some, or import them by name"]
+    homeless = [test for test in file.tests if file.mark_of(test) is None]
     return [f"{file.path}: {test} belongs to no suite; mark it or the whole file" for test in homeless]
 
 

@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 from lockstep.ci.results import STATUSES, RunReport, SuiteReport, TestResult
 
 JSON_NAME, JUNIT_NAME, MARKDOWN_NAME = "report.json", "junit.xml", "summary.md"
+DURATIONS_NAME = "durations.json"
+"""What the run measured of it, in the form of the project's own file."""
 LINES_SHOWN = 30
 """Of one failure, in Markdown."""
 
@@ -35,6 +37,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "wall_s": round(report.wall_s, 2),
         "flaky": {"found": report.num_flaky, "budget": report.flaky_budget},
         "stopped_early": report.stopped,
+        "interrupted": report.interrupted,
         "machine": report.machine,
         "suites": [_suite_json(suite) for suite in report.suites],
     }
@@ -72,7 +75,8 @@ def as_junit(report: RunReport) -> str:
     """One <testsuite> a suite. Earlier attempts of a test that passed in the end stand in <flakyFailure>, those of one
     that failed in <rerunFailure>: the elements of Maven Surefire's schema, which CI systems show.
 
-    A flaky test counts as failed when the budget is exceeded, so that a reader of this file alone sees it.
+    A flaky test counts as failed when the budget is exceeded, and a run that was cut short has an error, so that a
+    reader of this file alone sees what the exit code says.
     """
     root = ElementTree.Element("testsuites", time=f"{report.wall_s:.3f}")
     flaky_fails = report.num_flaky > report.flaky_budget
@@ -94,6 +98,12 @@ def as_junit(report: RunReport) -> str:
             ElementTree.SubElement(case, "error", message=suite.missing or "the suite selected no test")
         for result in suite.results:
             _add_case(node, result, flaky_fails)
+    if report.cut_short:
+        node = ElementTree.SubElement(root, "testsuite", name="run", tests="1", failures="0", errors="1")
+        case = ElementTree.SubElement(
+            node, "testcase", classname="run", name="every test was reached", time="0"
+        )
+        ElementTree.SubElement(case, "error", message=report.cut_short)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -130,8 +140,8 @@ def as_markdown(report: RunReport) -> str:
 def _markdown(report: RunReport) -> Iterator[str]:
     yield f"## Suites: {'passed' if report.exit_code == 0 else 'not passed'}\n"
     yield f"Stage {report.stage}, {report.wall_s:.0f} s, exit code {report.exit_code}."
-    if report.stopped:
-        yield "Stopped after the first failure: other tests were left out."
+    if report.cut_short:
+        yield report.cut_short
     if report.num_flaky:
         yield f"{report.num_flaky} flaky, {report.flaky_budget} allowed."
     yield "\n| suite | verdict | " + " | ".join(STATUSES) + " | not run | test seconds |"

@@ -84,13 +84,15 @@ class SuiteReport:
 
 @dataclass(slots=True)
 class RunReport:
-    """One call of `suites run`. `stopped` says that tests were left out because another one failed."""
+    """One call of `suites run`. `stopped` says that tests were left out, because another one failed or, where it is
+    `interrupted`, because somebody ended the run."""
 
     suites: list[SuiteReport]
     stage: str
     wall_s: float
     flaky_budget: int = 0
     stopped: bool = False
+    interrupted: bool = False
     machine: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,6 +110,13 @@ class RunReport:
         if self.num_flaky > self.flaky_budget:
             return RED
         return GREEN if self.suites and all(suite.ran for suite in self.suites) else NOTHING_RAN
+
+    @property
+    def cut_short(self) -> str | None:
+        """Why tests were left out, or None."""
+        if self.interrupted:
+            return "Interrupted: other tests were left out."
+        return "Stopped after the first failure: other tests were left out." if self.stopped else None
 
     @property
     def results(self) -> list[TestResult]:

@@ -62,13 +62,14 @@ def record(file: Path, scenario: str, runs: int, as_json: bool, options: dict[st
     """
     from lockstep.bench.fingerprint import fingerprint
     from lockstep.ci.gates.baseline import TooWide, require_usable, write_baseline
+    from lockstep.ci.gates.files import require_writable
     from lockstep.ci.gates.scenarios import scenario_named
 
     stages = scenario_named(scenario).stages
+    require_writable(file)
     measured = _timed(scenario, options, fingerprint(), runs)
     try:
         require_usable(measured, stages, runs)
-        write_baseline(measured, file)
         refused = None
     except TooWide as error:
         refused = error
@@ -79,6 +80,7 @@ def record(file: Path, scenario: str, runs: int, as_json: bool, options: dict[st
     if refused is not None:
         click.echo(f"{click.style('not recorded:', fg='red', bold=True)} {refused}", err=True)
         return 1
+    write_baseline(measured, file)
     return 0
 
 
@@ -106,7 +108,7 @@ def check(
     machine = fingerprint()
     require_same_machine(baseline, machine)
     require_usable(baseline, scenario_named(baseline.scenario).stages, num_runs)
-    new = _timed(baseline.scenario, options, machine, num_runs)
+    new = _timed(baseline.scenario, options, machine, num_runs, baseline)
     stages = judge(baseline, new)
     verdicts = [stage.verdict for stage in stages]
     passed = all(verdict.passed for verdict in verdicts)
@@ -127,7 +129,13 @@ def check(
     return 0 if passed else 1
 
 
-def _timed(name: str, options: Mapping[str, Given], machine: dict[str, Any], num_runs: int) -> Measurement:
+def _timed(
+    name: str,
+    options: Mapping[str, Given],
+    machine: dict[str, Any],
+    num_runs: int,
+    baseline: Measurement | None = None,
+) -> Measurement:
     from lockstep.bench.fingerprint import was_busy
     from lockstep.ci.gates.baseline import measure
     from lockstep.ci.gates.scenarios import scenario_named
@@ -142,6 +150,7 @@ def _timed(name: str, options: Mapping[str, Given], machine: dict[str, Any], num
             machine=machine,
             num_runs=num_runs,
             progress=progress and (lambda done, total: progress("Runs", done, total)),
+            baseline=baseline,
         )
 
 

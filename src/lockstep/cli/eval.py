@@ -98,7 +98,8 @@ def gsm8k(
         judge_threshold,
         require_comparable,
     )
-    from lockstep.ci.gates.accuracy_file import as_document, read_evaluation, write_document
+    from lockstep.ci.gates.accuracy_file import as_document, read_evaluation
+    from lockstep.ci.gates.files import require_writable, write_json
     from lockstep.ci.gates.gsm8k import load_problems, make_exam
 
     baseline = None if against is None else read_evaluation(against)
@@ -107,6 +108,8 @@ def gsm8k(
     conditions = Conditions.of(exam, task=GSM8K, seed=seed, max_tokens=max_tokens)
     if baseline is not None:
         require_comparable(baseline, conditions)
+    if output is not None:
+        require_writable(output)
     machine = fingerprint()
     with _respondent(url, options) as respondent, loading_bar() as progress:
         evaluation = evaluate(
@@ -120,12 +123,12 @@ def gsm8k(
     verdicts = [] if min_accuracy is None else [judge_threshold(evaluation, min_accuracy)]
     verdicts += [] if change is None else [judge_change(change)]
     document = as_document(evaluation, verdicts, change, machine)
-    if output is not None:
-        write_document(document, output)
     if as_json:
         print_json(document)
     else:
         _print(evaluation, verdicts)
+    if output is not None:
+        write_json(document, output)
     return 0 if all(verdict.passed for verdict in verdicts) else 1
 
 

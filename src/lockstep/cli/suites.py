@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lockstep.ci.results import Attempt, RunReport
 
 FAILED, NOTHING_SELECTED = 1, 5
-STAGES = ("per-commit", "nightly", "all")
+STAGES = PER_COMMIT, NIGHTLY, EVERY_STAGE = ("per-commit", "nightly", "all")
+_NO_TEST = "has no test in stage {stage}: give it one, or take it out of pyproject.toml"
 LONGEST_SHOWN = 3
 SUMMARY_LINES = 25
 """Of one failure, on the terminal; the reports have it whole."""
@@ -64,21 +65,25 @@ command.add_command(affected)
 def list_suites(root: Path, as_json: bool) -> int:
     """Print the suites and, for each test file, what its marks state; disabled tests with reason and age.
 
-    Exits 1 when a test belongs to no suite or a mark is wrong.
+    Exits 1 when a test belongs to no suite, a mark is wrong, or a suite has nothing to run per commit.
     """
-    from lockstep.ci.listing import listed, suite_sizes
+    from lockstep.ci.listing import listed, suite_sizes, suites_without
 
     registry = _registry(root)
     rows, sizes, today = listed(registry), suite_sizes(registry), date.today()
     disabled = [row.disabled_json(today) for row in rows if row.mark.disabled is not None]
+    idle = suites_without(PER_COMMIT, sizes)
+    problems = [*registry.problems, *(f"suite {name} {_NO_TEST.format(stage=PER_COMMIT)}" for name in idle)]
     if as_json:
         files = [row.as_json() for row in rows]
-        print_json({"suites": sizes, "files": files, "disabled": disabled, "problems": list(registry.problems)})
+        print_json({"suites": sizes, "files": files, "disabled": disabled, "problems": problems})
     else:
         _print_list(rows, sizes, disabled)
-        for problem in registry.problems:
+        if quiet := suites_without(NIGHTLY, sizes):
+            click.echo(f"nothing more at night: {', '.join(quiet)}")
+        for problem in problems:
             click.echo(f"problem: {problem}", err=True)
-    return FAILED if registry.problems else 0
+    return FAILED if problems else 0
 
 
 @command.command("plan", cls=SectionedCommand, short_help="The parts of suites and their times.")
@@ -104,9 +109,10 @@ def plan_suites(
 ) -> int:
     """Share each suite's files out over parts, longest first, and print what each part holds and takes.
 
-    Times are measured ones where a run recorded them, else the estimates of the marks. Exits 5 when a suite that was
-    asked for has no test in this stage.
+    Times are measured ones where a run recorded them, else the estimates of the marks. Exits 5 when a suite has no
+    test per commit, or when one that was asked for has none in this stage.
     """
+    from lockstep.ci.listing import suite_sizes
     from lockstep.ci.plan import plan_suite
 
     registry = _registry(root)
@@ -123,10 +129,12 @@ def plan_suites(
             for number, (part, seconds) in enumerate(zip(each.parts, each.seconds, strict=True))
         ]
         print_table(("suite", "part", "seconds", "files", "longest files"), rows, right=("seconds", "files"))
+        _print_unmeasured(suite_sizes(registry), [each.suite for each in plans], stage)
     empty = [each.suite for each in plans if not each.parts]
     for suite in empty:
-        click.echo(f"suite {suite} has no test in stage {stage}", err=True)
-    return NOTHING_SELECTED if empty and (suites or len(empty) == len(plans)) else 0
+        click.echo(f"suite {suite} {_NO_TEST.format(stage=stage)}", err=True)
+    may_be_empty = stage == NIGHTLY and not suites and len(empty) < len(plans)
+    return NOTHING_SELECTED if empty and not may_be_empty else 0
 
 
 @command.command("run", cls=SectionedCommand, short_help="Run suites and report.")
@@ -144,7 +152,7 @@ def plan_suites(
     type=click.IntRange(0),
     default=0,
     metavar="N",
-    help="Tests that may fail and then pass when run again.  [0]",
+    help="Tests that may fail and then pass when run again; above 0 it goes on after a failed test.  [0]",
 )
 @_output(
     "--report-dir",
@@ -175,7 +183,8 @@ def run_suites(
     A failure of the machine (device lost, port in use, memory while loading, network), told by the exception's type,
     is tried again at most twice. Any other failed test runs once more, only to say whether it is flaky.
 
-    Exits 1 when a test failed or too many were flaky, 5 when a suite ran no test.
+    Exits 1 when a test failed, was lost or too many were flaky, 5 when a suite ran no test. A run that is interrupted
+    or terminated writes its reports and exits 130.
     """
     from lockstep.ci.reports import as_json as report_json
     from lockstep.ci.run import RunOptions, run
@@ -192,7 +201,7 @@ def run_suites(
         report_dir=report_dir,
         update_durations=update_durations,
     )
-    # Whoever ends this process means the test processes too, and an interrupt ends them.
+    # Whoever ends this process means the test processes too: an interrupt ends them, and the reports are written.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = run(_registry(root), options, _say_nothing if as_json else _print_file)
@@ -210,6 +219,16 @@ def _registry(root: Path) -> Registry:
     from lockstep.ci.registry import load_registry
 
     return load_registry(open_project(root))
+
+
+def _print_unmeasured(sizes: Sequence[dict[str, Any]], suites: Sequence[str], stage: str) -> None:
+    for size in sizes:
+        stages = [found for name, found in size["stages"].items() if stage in (name, EVERY_STAGE)]
+        unmeasured, files = (sum(found[what] for found in stages) for what in ("unmeasured", "files"))
+        if size["suite"] in suites and unmeasured:
+            click.echo(
+                f"{size['suite']}: {unmeasured} of {files} times are estimates; run --update-durations measures them"
+            )
 
 
 def _longest(part: Sequence[Job]) -> str:

@@ -17,8 +17,9 @@ from typing import Literal
 from lockstep.ci.affected import layout
 from lockstep.ci.affected.mentions import Mentions, mentions
 
-Kind = Literal["named", "loaded", "read"]
-EVERY_KIND: tuple[Kind, ...] = ("named", "loaded", "read")
+Kind = Literal["named", "bound", "loaded", "read"]
+EVERY_KIND: tuple[Kind, ...] = ("named", "bound", "loaded", "read")
+BY_NAME: tuple[Kind, ...] = ("named", "bound")
 
 _FILE_NAME = re.compile(r"[\w./-]*\w\.\w+")
 _GLOB = re.compile(r"[\w./*?-]*[*?][\w./*?-]*\.\w+")
@@ -28,8 +29,9 @@ _DOTTED = re.compile(rf"\b{layout.PACKAGE}(?:\.\w+)+")
 class SourceGraph:
     """The needs of every file of a project.
 
-    Three kinds of need are kept apart. Most are *named*: by an import, a file name, an operator's name. Others are
-    *loaded*: a registry lists a folder and loads whatever is there. And a check of habits *reads* every text of a kind.
+    Four kinds of need are kept apart. Most are *named*: by an import, a file name, an operator's name. Who names an
+    operator *binds* one of its kernels, those that the platform can use. Others are *loaded*: a registry lists a folder
+    and loads whatever is there. And a check of habits *reads* every text of a kind.
 
     Importing `a.b.c` also runs the top of `a/__init__.py` and `a/b/__init__.py`, but not what those import late,
     inside functions. So each package has a second node, its top.
@@ -79,6 +81,10 @@ class SourceGraph:
         found = self._mentions[path]
         return found.names | {dotted.rpartition(".")[2] for dotted in found.imports}
 
+    def texts_in(self, path: str) -> set[str]:
+        """Every text that a Python file states, docstrings aside."""
+        return self._mentions[path].strings
+
     def _link(self, path: str) -> None:
         found = self._mentions[path]
         for dotted in found.imports:
@@ -90,7 +96,8 @@ class SourceGraph:
             self._need(path, self._modules_in(text))
             self._need(path, self._files_in(path, text), "read" if _GLOB.fullmatch(text) else "named")
             if text in self.operators and layout.operator(path) != text:
-                self._need(path, self._operator_files(text))
+                for file in self._operator_files(text):
+                    self._need(path, [file], "bound" if layout.is_kernel(file) else "named")
         self._need(path, self._listed(found), "loaded")
         if layout.is_tests_code(path):
             folders = PurePosixPath(path).parents

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lockstep.ci.affected import layout
-from lockstep.ci.affected.graph import SourceGraph
+from lockstep.ci.affected.graph import BY_NAME, SourceGraph
+from lockstep.ci.affected.platforms import Binding
 from lockstep.ci.affected.repository import Change, Repository
 from lockstep.ci.affected.risks import Risk, find_risks, same_text
 from lockstep.ci.affected.symbols import SymbolChange, changed_symbols, public_symbols
@@ -119,7 +120,8 @@ def review(root: Path, base: str) -> Review:
     graph = _graph(repository)
     paths = [path for change in repository.changes for path in (change.path, change.old_path) if path]
     deciding = tuple(filter(layout.decides_everything, paths))
-    touched = graph.dependents(graph.sources if deciding else paths)
+    reach = _Reach(registry, graph, Binding(repository.files, repository.text))
+    starts = graph.sources if deciding else paths
     symbols = _symbols(repository)
     return Review(
         base=repository.base,
@@ -129,10 +131,12 @@ def review(root: Path, base: str) -> Review:
         models=_models(repository, graph, paths),
         symbols=symbols,
         unnamed=_unnamed(graph, symbols),
-        suites=_suites(registry, touched),
-        gates=tuple(name for name, command in GATES.items() if layout.command(command) in touched),
+        suites=_suites(registry, reach, starts),
+        gates=_gates(graph.dependents(starts)),
         covers=tuple(
-            _cover(graph, change) for change in repository.changes if _is_new_code(repository, change)
+            _cover(graph, change.path, reach)
+            for change in repository.changes
+            if _is_new_code(repository, change)
         ),
         risks=tuple(find_risks(repository, graph, project)),
     )
@@ -163,12 +167,12 @@ def _unnamed(graph: SourceGraph, symbols: Iterable[SymbolChange]) -> tuple[Symbo
 
 
 def _operators(graph: SourceGraph, paths: Iterable[str]) -> tuple[str, ...]:
-    found = {layout.operator(path) for path in graph.dependents(paths, ("named",))}
+    found = {layout.operator(path) for path in graph.dependents(paths, BY_NAME)}
     return tuple(sorted(name for name in found if name in graph.operators))
 
 
 def _models(repository: Repository, graph: SourceGraph, paths: Iterable[str]) -> tuple[str, ...]:
-    touched = graph.dependents(paths, ("named",))
+    touched = graph.dependents(paths, BY_NAME)
     found = {
         name for path in touched if (name := layout.model(path)) and _has_architectures(repository.text(path))
     }
@@ -183,9 +187,57 @@ def _has_architectures(text: str) -> bool:
     )
 
 
-def _suites(registry: Registry, touched: dict[str, int]) -> tuple[TouchedSuite, ...]:
+class _Reach:
+    """What changed files touch, and where. A kernel that a platform cannot bind touches there who names its file or,
+    in words, its provider.
+    """
+
+    def __init__(self, registry: Registry, graph: SourceGraph, binding: Binding) -> None:
+        suites = registry.project.suites
+        self._graph = graph
+        self._binding = binding
+        self._platforms = {
+            file.path: {suites[name].platform for mark in file.marks_in_use() for name in mark.suites}
+            for file in registry.files
+        }
+
+    def touched_on(self, platform: str, paths: Iterable[str]) -> set[str]:
+        """Every file that changes of `paths` touch there."""
+        paths = set(paths)
+        foreign = {path for path in paths if not self._binding.can_bind(platform, path)}
+        found = set(self._graph.dependents(paths - foreign))
+        found.update(self._graph.dependents(foreign, ("named", "read")))
+        return found.union(*(self._by_hand(path) for path in foreign))
+
+    def able(self, tests: Iterable[str], path: str) -> set[str]:
+        """Those of `tests` that run where what a file offers can be bound, or that pick it by hand."""
+        return self._by_hand(path).union(
+            test
+            for test in tests
+            if any(self._binding.can_bind(platform, path) for platform in self._platforms.get(test, ()))
+        )
+
+    def _by_hand(self, path: str) -> set[str]:
+        """Tests that pick kernels by their provider's name, as those do which interpret them."""
+        if not layout.is_kernel(path):
+            return set()
+        offered = self._binding.offered_by(path)
+        picking = [
+            other
+            for other in self._graph.dependents([path])
+            if layout.is_tests_code(other) and not offered.isdisjoint(self._graph.texts_in(other))
+        ]
+        return set(self._graph.dependents(picking))
+
+
+def _gates(touched: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, command in GATES.items() if layout.command(command) in touched)
+
+
+def _suites(registry: Registry, reach: _Reach, paths: Iterable[str]) -> tuple[TouchedSuite, ...]:
     found = []
-    for name in registry.project.suites:
+    for name, suite in registry.project.suites.items():
+        touched = reach.touched_on(suite.platform, paths)
         marks = {
             file.path: [mark for mark in file.marks_in_use() if mark.belongs(name, "all")]
             for file in registry.files
@@ -205,14 +257,20 @@ def _is_new_code(repository: Repository, change: Change) -> bool:
     return is_code and not same_text(repository, change)
 
 
-def _cover(graph: SourceGraph, change: Change) -> Cover:
-    named = _tests_in(graph.dependents([change.path], ("named",)))
-    loaded = _tests_in(graph.dependents([change.path], ("named", "loaded")))
-    steps = named or loaded
-    room = layout.room(change.path)
-    nearest = min(steps, key=lambda path: (steps[path], f"/{room}/" not in path, path), default=None)
+def _cover(graph: SourceGraph, path: str, reach: _Reach) -> Cover:
+    """A test that names the file covers it wherever it runs; one that a registry leads there does where its platform
+    can bind what the file offers.
+    """
+    named = _tests_in(graph.dependents([path], ("named",)))
+    bound = _tests_in(graph.dependents([path], BY_NAME))
+    loaded = _tests_in(graph.dependents([path], (*BY_NAME, "loaded")))
+    counted = named.keys() | reach.able(loaded, path)
+    bound, loaded = ({test: far for test, far in found.items() if test in counted} for found in (bound, loaded))
+    steps = bound or loaded
+    room = layout.room(path)
+    nearest = min(steps, key=lambda test: (steps[test], f"/{room}/" not in test, test), default=None)
     distance = 0 if nearest is None else steps[nearest]
-    return Cover(change.path, len(loaded), nearest, distance, by_registry=bool(loaded) and not named)
+    return Cover(path, len(loaded), nearest, distance, by_registry=bool(loaded) and not bound)
 
 
 def _tests_in(steps: dict[str, int]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from lockstep.ci.affected import layout
-from lockstep.ci.affected.graph import SourceGraph
+from lockstep.ci.affected.graph import BY_NAME, SourceGraph
 from lockstep.ci.affected.operators import KernelFacts, kernels_in, maker_of_kernels, mutants_of, tolerance_of
 from lockstep.ci.affected.repository import Change, Repository
 from lockstep.ci.affected.symbols import parsed, same_code
@@ -57,7 +57,7 @@ def _kernels(repository: Repository, graph: SourceGraph, changes: list[Change]) 
     changed = {change.path: change for change in changes if _may_be_computed_with(change.path)}
     loaders = [path for path in graph.sources if layout.room(path) == "native"]
     starts = [*changed, *(loaders if any(layout.is_compiled(each.path) for each in changes) else ())]
-    for path in sorted(filter(layout.is_kernel, graph.dependents(starts, ("named",)))):
+    for path in sorted(filter(layout.is_kernel, graph.dependents(starts, BY_NAME))):
         now = _facts(path, repository.text(path), repository)
         change = changed.get(path)
         before = repository.before(change) if change is not None else repository.text(path)

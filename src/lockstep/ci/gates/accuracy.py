@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from lockstep.ci.gates.asking import Reply, Respondent, ask_all
 from lockstep.ci.gates.final_answer import final_number
-from lockstep.ci.gates.gsm8k import STOP, Exam, Problem
+from lockstep.ci.gates.gsm8k import STOP, Exam
 from lockstep.ci.gates.proportions import (
     CONFIDENCE,
     Interval,
@@ -84,10 +85,9 @@ class Evaluation:
         """Of the share, had all questions of this kind been asked."""
         return wilson_interval(self.num_right, len(self.marked))
 
-    def right_by_problem(self) -> dict[str, bool]:
-        """Problem id -> whether it was answered right."""
-        rights = (one.right for one in self.marked)
-        return dict(zip(self.conditions.problem_ids, rights, strict=True))
+    def by_problem(self) -> dict[str, Marked]:
+        """Problem id -> its answer."""
+        return dict(zip(self.conditions.problem_ids, self.marked, strict=True))
 
     @property
     def num_without_number(self) -> int:
@@ -119,7 +119,7 @@ def evaluate(
     )
     marked: dict[int, Marked] = {}
     for index, reply in replies:
-        marked[index] = _mark(exam.questions[index], reply)
+        marked[index] = mark(exam.questions[index].expected, reply)
         if progress is not None:
             progress(len(marked), len(exam.questions))
     return Evaluation(
@@ -130,12 +130,13 @@ def evaluate(
     )
 
 
-def _mark(question: Problem, reply: Reply) -> Marked:
+def mark(expected: Fraction, reply: Reply) -> Marked:
+    """Reads the number of an answer and compares it, exactly."""
     found = final_number(reply.text)
     return Marked(
-        expected=str(question.expected),
+        expected=str(expected),
         found=None if found is None else str(found),
-        right=found == question.expected,
+        right=found == expected,
         cut=reply.cut,
         text=reply.text,
     )
@@ -224,10 +225,19 @@ def require_comparable(baseline: Evaluation, conditions: Conditions) -> None:
 
 
 def compare(baseline: Evaluation, evaluation: Evaluation) -> Change:
-    """Pairs two evaluations question by question. Raises ConfigError unless they are comparable."""
+    """Pairs two evaluations question by question.
+
+    Raises ConfigError unless they are comparable and hold the same number for right.
+    """
     require_comparable(baseline, evaluation.conditions)
-    was_right, is_right = baseline.right_by_problem(), evaluation.right_by_problem()
-    pairs = [(was_right[problem_id], right) for problem_id, right in is_right.items()]
+    before, after = baseline.by_problem(), evaluation.by_problem()
+    for problem_id, then in before.items():
+        if then.expected != after[problem_id].expected:
+            raise ConfigError(
+                f"the baseline takes {then.expected} for the answer of question {problem_id}, and it is "
+                f"{after[problem_id].expected}: {_REMEDY}"
+            )
+    pairs = [(before[problem_id].right, now.right) for problem_id, now in after.items()]
     return Change(pairs.count((True, False)), pairs.count((False, True)), len(pairs))
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from lockstep.ci.gates.accuracy import Change, Evaluation
+from lockstep.ci.gates.accuracy import Change, Evaluation, mark
+from lockstep.ci.gates.asking import Reply
 from lockstep.ci.gates.verdict import Verdict
 from lockstep.core.errors import ConfigError
 
@@ -26,6 +30,7 @@ def as_document(
     interval = evaluation.interval
     return {
         "format": FORMAT,
+        "date": date.today().isoformat(),
         "machine": machine,
         "result": {
             "num_questions": len(evaluation.marked),
@@ -41,25 +46,23 @@ def as_document(
     }
 
 
-def write_document(document: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError when the file cannot be written."""
-    try:
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation of a document. Raises ConfigError when it is none, naming what is wrong."""
+    """The evaluation of a document, its answers marked anew from the words of the model: what the file says of them
+    is for readers. Raises ConfigError when it is none, naming what is wrong.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != FORMAT:
             raise ConfigError(f"{path} has the format {document['format']!r}, not {FORMAT!r}: record it anew")
         evaluation = msgspec.convert(document["evaluation"], Evaluation)
-        if len(evaluation.marked) != len(evaluation.conditions.problem_ids) or not evaluation.marked:
+        problem_ids = evaluation.conditions.problem_ids
+        if len(evaluation.marked) != len(problem_ids) or not evaluation.marked:
             raise ValueError("it has not one answer for each question")
-        return evaluation
+        if len(set(problem_ids)) < len(problem_ids):
+            raise ValueError("it has a question more than once")
+        marked = (mark(Fraction(one.expected), Reply(one.text, one.cut)) for one in evaluation.marked)
+        return replace(evaluation, marked=tuple(marked))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise ConfigError(f"{path} is no evaluation written by --output: {error}") from None

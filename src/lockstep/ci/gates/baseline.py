@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from lockstep.ci.gates.scenarios import Scenario
+from lockstep.ci.gates.files import write_json
+from lockstep.ci.gates.scenarios import Run, Scenario
 from lockstep.ci.gates.slowdown import MIN_RUNS, MUST_CATCH, Spread
 from lockstep.ci.gates.verdict import Outcome, Verdict
 from lockstep.config import Given
@@ -57,11 +58,20 @@ def measure(
     machine: Mapping[str, Any],
     num_runs: int,
     progress: Callable[[int, int], None] | None = None,
+    baseline: Measurement | None = None,
 ) -> Measurement:
-    """Runs the scenario so often; `progress` hears how many of how many are done."""
-    runs = []
+    """Runs the scenario so often; `progress` hears how many of how many are done.
+
+    Raises ConfigError as soon as it is known that the runs are of something else than `baseline`.
+    """
+    if baseline is not None:
+        _require_same("work", baseline.work, dict(scenario.describe()))
+        _require_same("options", baseline.options, _given(options))
+    runs: list[Run] = []
     for number in range(num_runs):
         runs.append(scenario.run(options))
+        if baseline is not None:
+            _require_same("model", baseline.model, dict(runs[-1].model))
         if progress is not None:
             progress(number + 1, num_runs)
     stages = list(dict.fromkeys(stage for run in runs for stage in run.stages))
@@ -70,7 +80,7 @@ def measure(
         work=dict(scenario.describe()),
         machine=dict(machine),
         model=dict(runs[0].model),
-        options={option: given.value for option, given in sorted(options.items()) if option != "model"},
+        options=_given(options),
         times_s={stage: [run.stages[stage] for run in runs if stage in run.stages] for stage in stages},
     )
 
@@ -132,9 +142,7 @@ def judge(baseline: Measurement, new: Measurement) -> list[StageVerdict]:
     """
     require_same_machine(baseline, new.machine)
     for what in ("scenario", "work", "model", "options"):
-        then, now = getattr(baseline, what), getattr(new, what)
-        if then != now:
-            raise ConfigError(f"the baseline is of {_difference(what, then, now)}: record a new one")
+        _require_same(what, getattr(baseline, what), getattr(new, what))
     return [_judge_stage(stage, baseline, new) for stage in {**baseline.times_s, **new.times_s}]
 
 
@@ -151,11 +159,14 @@ def _judge_stage(stage: str, baseline: Measurement, new: Measurement) -> StageVe
 
 
 def machine_id(machine: Mapping[str, Any]) -> str:
-    """Twelve hexadecimal digits, equal for machines with equal devices; versions and load do not count."""
+    """Twelve hexadecimal digits, equal for machines with equal devices and the same kind of host processor; versions
+    and load do not count.
+    """
     devices = [
         {**device, "memory_bytes": round(device["memory_bytes"] / 2**30)} for device in machine["devices"]
     ]
-    return hashlib.sha256(json.dumps(devices, sort_keys=True).encode()).hexdigest()[:12]
+    facts = [devices, machine.get("processor")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_baseline(baseline: Measurement, path: Path) -> None:
@@ -166,10 +177,7 @@ def write_baseline(baseline: Measurement, path: Path) -> None:
         "spread": {stage: msgspec.to_builtins(spread) for stage, spread in baseline.spreads.items()},
         "baseline": msgspec.to_builtins(baseline),
     }
-    try:
-        path.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
+    write_json(document, path)
 
 
 def read_baseline(path: Path) -> Measurement:
@@ -191,6 +199,16 @@ def read_baseline(path: Path) -> Measurement:
 
 def _devices(machine: Mapping[str, Any]) -> str:
     return ", ".join(str(device["name"]) for device in machine["devices"])
+
+
+def _given(options: Mapping[str, Given]) -> dict[str, Any]:
+    """The options that the user gave; where the model's files lie does not matter."""
+    return {option: given.value for option, given in sorted(options.items()) if option != "model"}
+
+
+def _require_same(what: str, then: Any, now: Any) -> None:
+    if then != now:
+        raise ConfigError(f"the baseline is of {_difference(what, then, now)}: record a new one")
 
 
 def _difference(what: str, then: Any, now: Any) -> str:

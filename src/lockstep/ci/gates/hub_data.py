@@ -17,7 +17,7 @@ def read_hub_split(hub_id: str, split: str, subset: str = "main") -> list[dict[s
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError(
-            f"fetching {hub_id} needs {error.name}: pip install huggingface_hub pyarrow, {_INSTEAD}"
+            f'fetching {hub_id} needs {error.name}: pip install "lockstep-engine[hub]", {_INSTEAD}'
         ) from None
     try:
         pattern = f"{subset}/{split}-*.parquet"
