@@ -50,13 +50,36 @@ def check_lanes(contract: Contract) -> None:
         check(replace(contract, cases=lambda: iter(cases)))
 
 
-def main(name: str) -> None:
+def check_way(contract: Contract, way: str) -> None:
+    """Every number of tokens in one way, in tiles that divide neither side."""
+    programs = importlib.import_module("lockstep.ops.fused_moe.programs")
+    from lockstep.ops.fused_moe.plans import Plan, Problem, rows_for
+    from lockstep.ops.grouped_gemm.tiles import Tile
+
+    def plan(problem: Problem, *ignored: object) -> Plan:
+        if way.endswith("pairs"):
+            stages = 0 if way.startswith("unrolled") else 2
+            return Plan("pairs", Tile(1, 8, 64, 4, stages), Tile(1, 16, 32, 4, stages))
+        rows = rows_for(problem.num_tokens) if way == "tokens" else 16
+        up = Tile(rows, 32, 64, 4, 2)
+        return Plan("tokens" if way == "tokens" else "grouped", up, up._replace(outputs=16, inputs=32))
+
+    programs.plan_of = plan
+    cases = [case for case in contract.cases() if case.signature["dtype"] != torch.bfloat16]
+    number = len(way) % 8
+    check(replace(contract, cases=lambda: iter(cases[number::8])))
+
+
+def main(name: str, way: str | None = None) -> None:
     torch.set_num_threads(1)
     contract = contracts()[name]
+    if way is not None:
+        check_way(contract, way)
+        return
     check(replace(contract, cases=lambda: chosen_cases(contract)))
     if name.startswith("moe_topk"):
         check_lanes(contract)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

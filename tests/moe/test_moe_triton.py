@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lockstep.ops.contract import Signature
-from lockstep.ops.grouped_gemm import tiles
-from lockstep.ops.grouped_gemm.tiles import DeviceFacts, Measured, Problem, Tile, default_tile, rows_of, tile_of
+from lockstep.ops.grouped_gemm.tiles import default_tile, rows_of
 from lockstep.ops.registry import kernels
 
 pytestmark = pytest.mark.suite("cpu")
@@ -24,13 +23,16 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 OPERATORS = ("moe_topk_softmax", "moe_topk_sigmoid", "moe_align", "grouped_gemm", "fused_moe")
+WAYS = ("fused_moe pairs", "fused_moe unrolled pairs", "fused_moe tokens", "fused_moe grouped")
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_values_in_the_interpreter(op: str) -> None:
+@pytest.mark.parametrize("what", [*OPERATORS, *WAYS])
+def test_values_in_the_interpreter(what: str) -> None:
     pytest.importorskip("triton")
     script = Path(__file__).parent / "interpreted.py"
-    done = subprocess.run([sys.executable, "-W", "ignore", script, op], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", script, *what.split(" ", 1)], capture_output=True, text=True
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -44,6 +46,7 @@ POINTERS = {
 }
 POINTERS |= {"x_ptr": "*bf16", "weight_ptr": "*bf16", "terms_ptr": "*bf16", "row_weights_ptr": "*fp32"}
 POINTERS |= {name: "*i32" for name in ("counts_ptr", "pairs_ptr", "block_experts_ptr", "num_rows_ptr")}
+POINTERS |= {"hidden_ptr": "*bf16", "inner_ptr": "*bf16"}
 ROUTING = {"EXPERTS": 128, "TOP_K": 8, "ROWS": 32, "LANES": 4, "RENORMALISE": True, "expert_stride": 1}
 PROGRAMS: list[tuple[str, str, dict[str, Any]]] = [
     ("moe_topk_softmax", "_route", ROUTING | {"NARROW": True, "FOURS": 8}),
@@ -55,8 +58,29 @@ PROGRAMS: list[tuple[str, str, dict[str, Any]]] = [
         "_place",
         {"TOP_K": 8, "NUM_EXPERTS": 60, "EXPERTS_PADDED": 64, "BLOCK": 16, "CHUNK": 1024, "choice_stride": 1},
     ),
-    ("fused_moe", "_sum_choices", {"TOP_K": 8, "BLOCK": 1024, "choice_stride": 1}),
+    ("fused_moe", "_sum_choices", {"TOP_K": 8, "BLOCK": 1024, "choice_stride": 1, "PDL": False}),
 ]
+PAIRS = {"TOP_K": 8, "TILE_OUTPUTS": 8, "column_stride": 1, "choice_stride": 1, "PDL": False}
+PROGRAMS += [
+    (
+        "fused_moe",
+        name,
+        PAIRS | {"INPUTS": inputs, "TILE_INPUTS": 256, "STAGES": stages, "hidden_column_stride": 1},
+    )
+    for name, inputs, stages in (
+        ("_gate_and_up", 1024, 0),
+        ("_gate_and_up", 1000, 3),
+        ("_weighted_down", 768, 0),
+        ("_weighted_down", 1000, 1),
+    )
+]
+ALIGNED: dict[str, Any] = {"ids_ptr": None, "TOP_K": 0}
+BY_TOKENS: dict[str, Any] = {
+    "pairs_ptr": None,
+    "block_experts_ptr": None,
+    "num_rows_ptr": None,
+    "TOP_K": 8,
+}
 TILES = [default_tile(rows, 2, 64 * 1024) for rows in (16, 64, 128)]
 PROGRAMS += [
     (
@@ -71,10 +95,15 @@ PROGRAMS += [
             "PAIRS_PER_ROW": 1 + gated,
             "x_input_stride": 1,
             "input_stride": 1,
+            "PDL": False,
+            **rows,
         },
     )
-    for tile in TILES
-    for gated in (False, True)
+    for tile, gated, rows in (
+        *((tile, gated, ALIGNED) for tile in TILES for gated in (False, True)),
+        (TILES[0], True, BY_TOKENS),
+        (TILES[1], False, BY_TOKENS),
+    )
 ]
 
 
@@ -93,6 +122,7 @@ def test_programs_compile(op: str, name: str, constants: dict[str, Any], target:
     program = getattr(importlib.import_module(f"lockstep.ops.{op}.programs"), name)
     free = {arg: POINTERS.get(arg, "fp32" if arg == "scale" else "i32") for arg in program.arg_names}
     signature = {arg: "constexpr" if arg in constants else kind for arg, kind in free.items()}
+    constants = {arg: value for arg, value in constants.items() if arg in free}
     compiled = triton.compile(
         ASTSource(program, signature=signature, constexprs=constants), target=GPUTarget(*target)
     )
@@ -118,22 +148,6 @@ def test_tiles_follow_the_share_of_an_expert() -> None:
                 step_bytes = (rows + 2 * tile.outputs) * tile.inputs * itemsize
                 assert tile.rows == rows and tile.num_stages >= 1 and tile.outputs >= 32
                 assert tile.num_stages * step_bytes <= shared_bytes
-
-
-def test_measured_tiles_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = Problem(num_pairs=64, num_experts=128, inputs=2048, outputs=1536, itemsize=2)
-    best = Tile(16, 64, 256, 8, 2)
-    (tmp_path / "a_fast_card_80gb.json").write_text(
-        '[{"problem": {"num_pairs": 64, "num_experts": 128, "inputs": 2048, "outputs": 1536, "itemsize": 2},'
-        ' "tile": {"rows": 16, "outputs": 64, "inputs": 256, "num_warps": 8, "num_stages": 2}}]'
-    )
-    monkeypatch.setattr(tiles, "_TUNED", tmp_path)
-    device = DeviceFacts("A Fast-Card 80GB", 200_000)
-    assert tiles.tuned_tiles(device.name) == (Measured(problem, best),)
-    assert tile_of(problem, device) == tile_of(problem._replace(num_pairs=8), device) == best
-    for other in (problem._replace(num_pairs=65), problem._replace(inputs=1024)):
-        assert tile_of(other, device) == default_tile(16, 2, 200_000)
-    assert tile_of(problem, DeviceFacts("another", 200_000)) != best
 
 
 def test_kernels_import_without_triton() -> None:

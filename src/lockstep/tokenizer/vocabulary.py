@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def _printable_byte_alphabet() -> dict[str, int]:
@@ -48,13 +48,18 @@ class Vocabulary:
     spelling: Callable[[str], bytes]
     special: frozenset[int]
     verbatim: frozenset[int] = frozenset()
+    _known: dict[int, bytes] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Exact bytes of one token, which need not be whole characters."""
+        known = self._known.get(token_id)
+        if known is not None:
+            return known
         if not 0 <= token_id < len(self.texts):
             return b""
         text = self.texts[token_id]
-        return text.encode() if token_id in self.verbatim else self.spelling(text)
+        self._known[token_id] = found = text.encode() if token_id in self.verbatim else self.spelling(text)
+        return found

@@ -16,8 +16,9 @@ from lockstep.core.errors import ModelFileError
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
-from lockstep.layers.norm import AddRMSNorm, RMSNorm
+from lockstep.layers.norm import NormSpec, RMSNorm
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
 from lockstep.models.llm.decoder import (
     DecoderConfig,
@@ -28,8 +29,6 @@ from lockstep.models.llm.decoder import (
 )
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
 from lockstep.parallel.placement import reduce
-
-_CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 class Gemma3Layer:
@@ -49,30 +48,26 @@ class Gemma3Layer:
         width, eps = config.hidden_size, config.rms_norm_eps
         self.slides = window > 0
         self._mesh = build.mesh
-        self._input_norm = RMSNorm(build, f"{where}.input_layernorm", width, eps, stored_minus_one=True)
         self._attention = SelfAttention(
             build,
             f"{where}.self_attn",
-            hidden_size=width,
+            norm=NormSpec(f"{where}.input_layernorm", width, eps, stored_minus_one=True),
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             spec=AttentionSpec(scale=scale, window=window, soft_cap=soft_cap),
             qkv_bias=bias,
             out_bias=bias,
-            head_norm_eps=eps,
-            norm_stored_minus_one=True,
+            head_norms=True,
+            adds=False,
         )
         self._post_attention = RMSNorm(
             build, f"{where}.post_attention_layernorm", width, eps, stored_minus_one=True
         )
-        self._pre_mlp = AddRMSNorm(
-            build, f"{where}.pre_feedforward_layernorm", width, eps, stored_minus_one=True
-        )
         self._mlp = GatedMLP(
             build,
             f"{where}.mlp",
-            hidden_size=width,
+            norm=NormSpec(f"{where}.pre_feedforward_layernorm", width, eps, stored_minus_one=True),
             inner_size=config.intermediate_size,
             activation=config.hidden_act,
         )
@@ -80,20 +75,18 @@ class Gemma3Layer:
             build, f"{where}.post_feedforward_layernorm", width, eps, stored_minus_one=True
         )
 
-    def __call__(self, ctx: ForwardContext, residual_TD: torch.Tensor, cos_sin: _CosSin) -> torch.Tensor:
+    def __call__(self, ctx: ForwardContext, residual_TD: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
         """The residual stream after this block."""
-        attended = self._attention(ctx, self._input_norm(residual_TD), cos_sin)
+        attended, residual_TD = self._attention(ctx, None, residual_TD, cos_sin)
         update_TD = self._post_attention(reduce(attended, self._mesh))
-        hidden_TD, residual_TD = self._pre_mlp(update_TD, residual_TD)
-        return residual_TD + self._post_mlp(reduce(self._mlp(ctx, hidden_TD), self._mesh))
+        computed, residual_TD = self._mlp(ctx, update_TD, residual_TD)
+        return residual_TD + self._post_mlp(reduce(computed, self._mesh))
 
     def outline(self) -> BlockOutline:
         """What it computes, for a kernel of a whole decoder; rotation 0 is the full layers', 1 the sliding ones'."""
         return BlockOutline(
-            self._input_norm.outline(),
-            self._attention.outline(rope=int(self.slides)),
-            self._pre_mlp.outline(),
-            self._mlp.outline(),
+            *self._attention.outline(rope=int(self.slides)),
+            *self._mlp.outline(),
             self._post_attention.outline(),
             self._post_mlp.outline(),
         )

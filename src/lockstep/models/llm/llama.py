@@ -14,18 +14,17 @@ from lockstep.attention.backend import AttentionSpec
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
-from lockstep.layers.norm import AddRMSNorm, RMSNorm
+from lockstep.layers.norm import AddRMSNorm, NormSpec
 from lockstep.layers.rope import RotaryEmbedding
 from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, make_head, outline_decoder
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
 from lockstep.parallel.placement import Partial, reduce
 
-_CosSin = tuple[torch.Tensor, torch.Tensor]
-
 
 class LlamaLayer:
-    """Attention and feed-forward, each after its norm; the norm before each adds the update before it."""
+    """Attention and feed-forward; each adds the update before it and normalises the sum."""
 
     def __init__(
         self,
@@ -41,54 +40,38 @@ class LlamaLayer:
         head_norms: bool = False,
     ) -> None:
         width, eps = config.hidden_size, config.rms_norm_eps
-        # The first block has no update to add: its norm is a plain one.
-        self._first_norm = RMSNorm(build, f"{where}.input_layernorm", width, eps) if first else None
-        self._input_norm = None if first else AddRMSNorm(build, f"{where}.input_layernorm", width, eps)
         self._attention = SelfAttention(
             build,
             f"{where}.self_attn",
-            hidden_size=width,
+            norm=NormSpec(f"{where}.input_layernorm", width, eps),
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             spec=AttentionSpec(scale=config.head_dim**-0.5, window=window),
             qkv_bias=qkv_bias,
             out_bias=out_bias,
-            head_norm_eps=eps if head_norms else None,
+            head_norms=head_norms,
+            # The first block has no update to add.
+            adds=not first,
         )
-        self._post_norm = AddRMSNorm(build, f"{where}.post_attention_layernorm", width, eps)
         self._mlp = GatedMLP(
             build,
             f"{where}.mlp",
-            hidden_size=width,
+            norm=NormSpec(f"{where}.post_attention_layernorm", width, eps),
             inner_size=config.intermediate_size,
             activation=config.hidden_act,
             bias=mlp_bias,
         )
 
     def __call__(
-        self, ctx: ForwardContext, update: Partial | None, residual_TD: torch.Tensor, cos_sin: _CosSin
+        self, ctx: ForwardContext, update: Partial | None, residual_TD: torch.Tensor, cos_sin: CosSin
     ) -> tuple[Partial, torch.Tensor]:
         """The next update, still partial, and the residual stream [T, D] without it."""
-        if self._input_norm is None:
-            assert self._first_norm is not None
-            hidden_TD = self._first_norm(residual_TD)
-        else:
-            assert update is not None
-            hidden_TD, residual_TD = self._input_norm(update, residual_TD)
-        hidden_TD, residual_TD = self._post_norm(self._attention(ctx, hidden_TD, cos_sin), residual_TD)
-        return self._mlp(ctx, hidden_TD), residual_TD
+        return self._mlp(ctx, *self._attention(ctx, update, residual_TD, cos_sin))
 
     def outline(self) -> BlockOutline:
         """What it computes, for a kernel of a whole decoder."""
-        input_norm = self._input_norm or self._first_norm
-        assert input_norm is not None
-        return BlockOutline(
-            input_norm.outline(),
-            self._attention.outline(rope=0),
-            self._post_norm.outline(),
-            self._mlp.outline(),
-        )
+        return BlockOutline(*self._attention.outline(rope=0), *self._mlp.outline())
 
 
 class LlamaModel(DecoderModel):

@@ -16,14 +16,13 @@ from lockstep.core.errors import ModelFileError
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.moe import MoE
-from lockstep.layers.norm import AddRMSNorm
+from lockstep.layers.norm import AddRMSNorm, NormSpec
 from lockstep.layers.rope import RotaryEmbedding
 from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, layer_windows, make_head
 from lockstep.parallel.placement import Partial
-
-_CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class ExpertsConfig:
 
 
 class Qwen3MoeLayer:
-    """Attention, then a routed or a dense block; the norm before each adds the update before it."""
+    """Attention, then a routed or a dense block; each adds the update before it and normalises the sum."""
 
     def __init__(
         self,
@@ -84,41 +83,52 @@ class Qwen3MoeLayer:
         attention_bias: bool,
     ) -> None:
         width, eps = config.hidden_size, config.rms_norm_eps
-        self._input_norm = AddRMSNorm(build, f"{where}.input_layernorm", width, eps)
+        post_norm = NormSpec(f"{where}.post_attention_layernorm", width, eps)
         self._attention = SelfAttention(
             build,
             f"{where}.self_attn",
-            hidden_size=width,
+            norm=NormSpec(f"{where}.input_layernorm", width, eps),
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             spec=AttentionSpec(scale=config.head_dim**-0.5, window=window),
             qkv_bias=attention_bias,
             out_bias=attention_bias,
-            head_norm_eps=eps,
+            head_norms=True,
         )
-        self._post_norm = AddRMSNorm(build, f"{where}.post_attention_layernorm", width, eps)
-        self._mlp: MoE | GatedMLP
+        self._block: _RoutedBlock | GatedMLP
         if experts is not None:
-            self._mlp = MoE(
-                build,
-                f"{where}.mlp",
-                hidden_size=width,
-                inner_size=experts.inner_size,
-                num_experts=experts.num_experts,
-                top_k=experts.top_k,
-                renormalise=experts.renormalise,
-            )
+            self._block = _RoutedBlock(build, f"{where}.mlp", post_norm, experts)
         else:
-            self._mlp = GatedMLP(build, f"{where}.mlp", hidden_size=width, inner_size=config.intermediate_size)
+            self._block = GatedMLP(build, f"{where}.mlp", norm=post_norm, inner_size=config.intermediate_size)
 
     def __call__(
-        self, ctx: ForwardContext, update: Partial, residual_TD: torch.Tensor, cos_sin: _CosSin
+        self, ctx: ForwardContext, update: Partial, residual_TD: torch.Tensor, cos_sin: CosSin
     ) -> tuple[Partial, torch.Tensor]:
         """The next update, still partial, and the residual stream [T, D] without it."""
-        hidden_TD, residual_TD = self._input_norm(update, residual_TD)
-        hidden_TD, residual_TD = self._post_norm(self._attention(ctx, hidden_TD, cos_sin), residual_TD)
-        return self._mlp(ctx, hidden_TD), residual_TD
+        return self._block(ctx, *self._attention(ctx, update, residual_TD, cos_sin))
+
+
+class _RoutedBlock:
+    """Experts behind their norm, called as a dense block is."""
+
+    def __init__(self, build: Build, where: str, norm: NormSpec, experts: ExpertsConfig) -> None:
+        self._norm = AddRMSNorm.of(build, norm)
+        self._experts = MoE(
+            build,
+            where,
+            hidden_size=norm.width,
+            inner_size=experts.inner_size,
+            num_experts=experts.num_experts,
+            top_k=experts.top_k,
+            renormalise=experts.renormalise,
+        )
+
+    def __call__(
+        self, ctx: ForwardContext, update: Partial, residual_TD: torch.Tensor
+    ) -> tuple[Partial, torch.Tensor]:
+        hidden_TD, residual_TD = self._norm(update, residual_TD)
+        return self._experts(ctx, hidden_TD), residual_TD
 
 
 class Qwen3MoeModel(DecoderModel):

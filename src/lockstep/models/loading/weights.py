@@ -96,7 +96,7 @@ class FileWeights:
         member: int | None = None,
     ) -> torch.Tensor:
         info = self.info(name)
-        part = _Part.of(info, dim, start, length, member)
+        part = Rectangle.of(info, dim, start, length, member)
         storage = storage_type_of(info)
         # Columns come in whole blocks, so take those that cover the part, then cut it out of the values.
         first = part.first_column // storage.block_elements * storage.block_elements
@@ -118,7 +118,7 @@ class FileWeights:
                 f"{info.file}: {name!r} is stored with {info.stored_offset:g} added; use load()"
             )
         storage = storage_type_of(info)
-        part = _Part.of(info, dim, start, length)
+        part = Rectangle.of(info, dim, start, length)
         return PackedTensor(self._rows(info, storage, part), storage)
 
     def forget(self, name: str) -> None:
@@ -132,9 +132,9 @@ class FileWeights:
         if last > first and hasattr(mmap, "MADV_DONTNEED"):
             self._map(info.file).madvise(mmap.MADV_DONTNEED, first, last - first)
 
-    def _rows(self, info: TensorInfo, storage: StorageType, part: _Part) -> torch.Tensor:
+    def _rows(self, info: TensorInfo, storage: StorageType, part: Rectangle) -> torch.Tensor:
         """The packed bytes of a part, a view of the file where the rows are stored in order."""
-        num_rows, num_columns = _matrix_shape(info.shape)
+        num_rows, num_columns = matrix_shape(info.shape)
         rows_RB = self._bytes(info).view(num_rows, storage.row_bytes(num_columns))
         first_byte, last_byte = storage.row_bytes(part.first_column), storage.row_bytes(part.last_column)
         columns_RB = rows_RB[:, first_byte:last_byte]
@@ -180,8 +180,8 @@ def stays_grouped(info: TensorInfo, part: Slice | None) -> bool:
     return all(size % storage.block_elements == 0 for size in cut)
 
 
-class _Part(NamedTuple):
-    """A rectangle of a tensor seen as a matrix, and the shape that it has as a tensor."""
+class Rectangle(NamedTuple):
+    """A part of a tensor seen as a matrix, and the shape that it has as a tensor."""
 
     shape: tuple[int, ...]
     first_row: int
@@ -192,13 +192,14 @@ class _Part(NamedTuple):
     @classmethod
     def of(
         cls, info: TensorInfo, dim: int | None, start: int, length: int | None, member: int | None = None
-    ) -> _Part:
+    ) -> Rectangle:
+        """That part of the tensor. Raises ModelFileError when there is none such."""
         whole, before = info.shape, 0
         if member is not None:
             if len(whole) != 3 or not 0 <= member < whole[0]:
                 raise ModelFileError(f"{info.name!r} of shape {whole} has no matrix {member}")
             whole, before = whole[1:], member * whole[1]
-        num_rows, num_columns = _matrix_shape(whole)
+        num_rows, num_columns = matrix_shape(whole)
         if dim is None:
             if start or length is not None:
                 raise ModelFileError(f"{info.name!r}: a slice needs its dim")
@@ -217,7 +218,7 @@ class _Part(NamedTuple):
         return cls(shape, before + start * rows_of_each, before + stop * rows_of_each, 0, num_columns)
 
 
-def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor in memory order; a vector is a column, so that its entries can be sliced."""
     if len(shape) < 2:
         return (shape[0] if shape else 1), 1

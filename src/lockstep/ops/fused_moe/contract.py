@@ -22,6 +22,8 @@ _SHAPES = (
     (0, 2, 4, 64, 32),
 )
 
+_MOST_SUMMED = 577
+
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
@@ -30,6 +32,9 @@ def _cases() -> Iterator[Case]:
         yield _case(dtype, (17, 4, 8, 64, 32), share_elsewhere=0.5)
         yield _case(dtype, (3, 2, 4, 64, 32), share_elsewhere=1.0)
         yield _case(dtype, (6, 2, 4, 64, 32), is_strided=True)
+        yield _case(dtype, (2, 2, 3, 16384, 24))
+        yield _case(dtype, (3, 2, 4, 64, 32), size=0.0)
+        yield _case(dtype, (3, 2, 4, 64, 32), size=4096.0)
 
 
 def _case(
@@ -38,12 +43,19 @@ def _case(
     *,
     share_elsewhere: float = 0.0,
     is_strided: bool = False,
+    size: float = 1.0,
 ) -> Case:
+    """`size` is that of the tokens' values; the first product makes size one of it again.
+
+    Of wide tokens no more than `_MOST_SUMMED` values, spread over the whole width, are not zero.
+    """
     tokens, top_k, experts, width, inner = shape
 
     def make(g: torch.Generator) -> _Arguments:
-        hidden = normal(g, tokens, width, dtype=dtype)
-        gate_up = normal(g, experts, 2 * inner, width, dtype=dtype, scale=width**-0.5)
+        hidden = normal(g, tokens, width, dtype=dtype, scale=size)
+        hidden *= torch.arange(width) % -(-width // _MOST_SUMMED) == 0
+        scale = min(width, _MOST_SUMMED) ** -0.5 / (size or 1.0)
+        gate_up = normal(g, experts, 2 * inner, width, dtype=dtype, scale=scale)
         down = normal(g, experts, width, inner, dtype=dtype, scale=inner**-0.5)
         weights = torch.rand(tokens, top_k, generator=g)
         ids = torch.rand(tokens, experts, generator=g).argsort(-1)[:, :top_k].to(torch.int32)
@@ -52,7 +64,7 @@ def _case(
 
     name = f"{dtype} {tokens} tokens, {top_k} of {experts}, {width}x{inner}, {share_elsewhere} elsewhere"
     return Case(
-        f"{name}{' strided' * is_strided}",
+        f"{name}{' strided' * is_strided}{f' size {size:g}' * (size != 1)}",
         {"dtype": dtype, "experts": experts, "top_k": top_k, "width": width, "inner": inner},
         make,
     )
@@ -120,7 +132,11 @@ CONTRACT = Contract(
         Argument("gate_up", ("expert", "2 * inner", "width"), constant=True, note="gate, then up"),
         Argument("down", ("expert", "width", "inner"), constant=True),
         Argument("weights", ("token", "choice"), note="float32"),
-        Argument("ids", ("token", "choice"), note="int32; -1 for experts of other ranks, which add nothing"),
+        Argument(
+            "ids",
+            ("token", "choice"),
+            note="int32; none twice for a token, but -1 for experts of other ranks, which add nothing",
+        ),
     ),
     returns=("out[token, width]",),
     rounding="to the dtype after each product and the activation, or later; the sum over a token's experts in float32",
@@ -131,7 +147,7 @@ CONTRACT = Contract(
     # dtype; the second product averages them out: five roundings of a term give a deviation of sqrt(5 / 3) half
     # units of an output of size one, and each of up to four weighted outputs one more. Four sigmas of that is
     # below 10 half units of the sum. float32 sums walk as in linear, over 577 and 512 terms.
-    tolerance=rounded(1, maths=4, inside=10.0, absolute=8 * (577 / 2) ** 0.5 * FLOAT32_UNIT),
+    tolerance=rounded(1, maths=4, inside=10.0, absolute=8 * (_MOST_SUMMED / 2) ** 0.5 * FLOAT32_UNIT),
     mutants={
         "gate and up swapped": _gate_and_up_swapped,
         "weighted before the experts": _weighted_before,

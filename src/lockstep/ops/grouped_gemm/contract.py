@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lockstep.ops.cases import DTYPES, normal, strided
+from lockstep.ops.cases import DTYPES, normal, product_scale, strided
 from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
 from lockstep.ops.grouped_gemm.reference import grouped_gemm
 from lockstep.ops.moe_align.reference import moe_align
@@ -23,6 +23,8 @@ _SHAPES = (
     (0, 2, 4, 64, 64, 16),
 )
 
+_MOST_SUMMED = 1024
+
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
@@ -32,6 +34,9 @@ def _cases() -> Iterator[Case]:
         yield _case(dtype, (21, 4, 8, 64, 48, 16), True, share_elsewhere=0.5)
         yield _case(dtype, (6, 2, 4, 64, 48, 16), False, share_elsewhere=1.0)
         yield _case(dtype, (6, 2, 4, 64, 48, 16), False, is_strided=True)
+        yield _case(dtype, (2, 2, 3, 16384, 24, 16), True)
+        yield _case(dtype, (6, 2, 4, 64, 48, 16), True, size=0.0)
+        yield _case(dtype, (6, 2, 4, 64, 48, 16), True, size=4096.0)
 
 
 def _case(
@@ -41,19 +46,22 @@ def _case(
     *,
     share_elsewhere: float = 0.0,
     is_strided: bool = False,
+    size: float = 1.0,
 ) -> Case:
+    """`size` is that of the rows; the weights make products of size one of them again."""
     rows, per_row, experts, inputs, outputs, block_size = shape
 
     def make(g: torch.Generator) -> tuple[Any, ...]:
         ids = torch.rand(rows, experts, generator=g).argsort(-1)[:, :per_row].to(torch.int32)
         ids = ids.masked_fill(torch.rand(ids.shape, generator=g) < share_elsewhere, -1)
-        x = normal(g, rows, inputs, dtype=dtype)
-        weight = normal(g, experts, outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+        x = normal(g, rows, inputs, dtype=dtype, scale=size)
+        scale = product_scale(inputs, _MOST_SUMMED) / (size or 1.0)
+        weight = normal(g, experts, outputs, inputs, dtype=dtype, scale=scale)
         row_weights = torch.rand(rows, per_row, generator=g) if has_row_weights else None
         aligned = moe_align(ids, experts, block_size)
         return strided(x) if is_strided else x, weight, *aligned, row_weights, per_row
 
-    words = f"{' weighted' * has_row_weights}{' strided' * is_strided}"
+    words = f"{' weighted' * has_row_weights}{' strided' * is_strided}{f' size {size:g}' * (size != 1)}"
     name = f"{dtype} {rows} rows, {per_row} of {experts}, {inputs}x{outputs}, blocks of {block_size}"
     return Case(
         f"{name}, {share_elsewhere} elsewhere{words}",
@@ -135,7 +143,7 @@ CONTRACT = Contract(
     cases=_cases,
     # As linear: a running sum of 1024 products ends near one, its roundings walk sqrt(1024 / 2) units, four sigmas.
     # The product may be rounded before its row weight, which is below one.
-    tolerance=rounded(2, maths=4, absolute=4 * (1024 / 2) ** 0.5 * FLOAT32_UNIT),
+    tolerance=rounded(2, maths=4, absolute=4 * (_MOST_SUMMED / 2) ** 0.5 * FLOAT32_UNIT),
     mutants={
         "weight of the next expert": _next_expert,
         "one input short": _one_input_short,

@@ -1,14 +1,8 @@
-"""The part of a grouped product that a program of the Triton kernel computes.
-
-A device whose best tiles were measured has them in `tuned/{device name}.json`; any other gets what the rules below say.
-"""
+"""The part of a grouped product that a program of the Triton kernel computes."""
 
 from __future__ import annotations
 
-import json
-import re
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,11 +10,12 @@ import torch
 _LEAST_SHARED_BYTES = 48 * 1024
 """What every device offers."""
 
-_TUNED = Path(__file__).parent / "tuned"
-
 
 class Tile(NamedTuple):
-    """`rows` x `outputs` of the result, `inputs` at a time, `num_stages` such steps on their way."""
+    """`rows` x `outputs` of the result, `inputs` at a time, `num_stages` such steps on their way.
+
+    A tile of one row may have 0 stages: then its steps are unrolled.
+    """
 
     rows: int
     outputs: int
@@ -34,16 +29,6 @@ class DeviceFacts(NamedTuple):
 
     name: str
     shared_bytes: int
-
-
-class Problem(NamedTuple):
-    """What decides a tile. `outputs` counts gate and up as two; elements of `itemsize` bytes."""
-
-    num_pairs: int
-    num_experts: int
-    inputs: int
-    outputs: int
-    itemsize: int
 
 
 def rows_of(num_pairs: int, num_experts: int) -> int:
@@ -68,23 +53,14 @@ def default_tile(rows: int, itemsize: int, shared_bytes: int) -> Tile:
         tile = Tile(rows, 256, 64, num_warps=8, num_stages=3)
     else:
         tile = Tile(rows, 128, 64, num_warps=8, num_stages=4)
-    while _step_bytes(tile, itemsize) > shared_bytes:
+    while step_bytes(tile, itemsize) > shared_bytes:
         tile = tile._replace(outputs=tile.outputs // 2)
-    return tile._replace(num_stages=min(tile.num_stages, shared_bytes // _step_bytes(tile, itemsize)))
+    return tile._replace(num_stages=min(tile.num_stages, shared_bytes // step_bytes(tile, itemsize)))
 
 
-def _step_bytes(tile: Tile, itemsize: int) -> int:
+def step_bytes(tile: Tile, itemsize: int) -> int:
     """What a program reads at one step; a gated product reads two weights."""
     return (tile.rows + 2 * tile.outputs) * tile.inputs * itemsize
-
-
-def tile_of(problem: Problem, device: DeviceFacts) -> Tile:
-    """The measured tile of the device for this problem, or the default one."""
-    for measured in tuned_tiles(device.name):
-        if measured.covers(problem):
-            return measured.tile
-    rows = rows_of(problem.num_pairs, problem.num_experts)
-    return default_tile(rows, problem.itemsize, device.shared_bytes)
 
 
 @cache
@@ -95,28 +71,3 @@ def facts_of(device: torch.device) -> DeviceFacts:
     names = ("shared_memory_per_block_optin", "shared_memory_per_block")
     shared_bytes = max(getattr(facts, name, 0) for name in names)
     return DeviceFacts(getattr(facts, "name", ""), shared_bytes or _LEAST_SHARED_BYTES)
-
-
-class Measured(NamedTuple):
-    """A tile that was measured to be best for a problem and for fewer pairs than it has."""
-
-    problem: Problem
-    tile: Tile
-
-    def covers(self, problem: Problem) -> bool:
-        """True for the same weights and no more pairs."""
-        return problem[1:] == self.problem[1:] and problem.num_pairs <= self.problem.num_pairs
-
-
-@cache
-def tuned_tiles(device_name: str) -> tuple[Measured, ...]:
-    """Measured tiles of a device, fewest pairs first; none where nobody measured.
-
-    The file is a list of {"problem": {...}, "tile": {...}} with the fields of Problem and Tile.
-    """
-    file = _TUNED / (re.sub(r"\W+", "_", device_name).strip("_").lower() + ".json")
-    if not file.exists():
-        return ()
-    entries = json.loads(file.read_text())
-    found = [Measured(Problem(**entry["problem"]), Tile(**entry["tile"])) for entry in entries]
-    return tuple(sorted(found, key=lambda measured: measured.problem.num_pairs))
