@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -15,6 +16,7 @@ from triton.runtime import driver
 
 from lockstep.ops.attention_decode import programs as decode
 from lockstep.ops.attention_extend import programs as extend
+from lockstep.ops.attention_extend import tiles
 from lockstep.ops.attention_extend.cases import Layer, paged_inputs
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16"
@@ -79,7 +81,9 @@ def main(name: str) -> None:
         cu_rows = torch.tensor([0, 1, 2], dtype=torch.int32)
         print(name, layer)
         decode.decode(made.q_TNH, *pools, made.page_table_BP, *at, *how)
-        extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)
+        for enough_tiles in (tiles.ENOUGH_TILES, 0):  # tiles for few rows, then for many
+            with patch.object(tiles, "ENOUGH_TILES", enough_tiles):
+                extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Runs the Triton kernels of attention on the processor, in Triton's interpreter: `python interpreted.py OP SEED`.
 
-Checks every case of the contract that is small enough, then decoding again without parts. Exits 1 on a failure.
+Checks every case of the contract that is small enough, then again with the other choice of
+parts or tiles. Exits 1 on a failure.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def main(op: str, seed: int) -> int:
     if op == "attention_decode":
         tiles.ENOUGH_PROGRAMS = 1
         good &= passes(contract, seed, " in one part")
+    else:
+        tiles.ENOUGH_TILES = 0
+        good &= passes(contract, seed, " in tiles for many rows")
     return 0 if good else 1
 
 

@@ -9,6 +9,7 @@ from backend_kernels import backend_kernel
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
 from lockstep.attention.choice import OPERATORS
 from lockstep.attention.paged_backend import PagedBackend
+from lockstep.attention.table_parts import DecodeTables, ExtendTables
 from lockstep.attention.torch_backend import TorchBackend
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
@@ -29,7 +30,8 @@ def kernel(op: str, provider: str) -> Kernel:
 
 
 def paged(provider: str) -> PagedBackend:
-    return PagedBackend(*(kernel(op, provider) for op in OPERATORS))
+    decode, extend = (kernel(op, provider) for op in OPERATORS)
+    return PagedBackend(DecodeTables(decode), ExtendTables(extend))
 
 
 BACKENDS = [TorchBackend(), paged("torch"), paged("reference")]

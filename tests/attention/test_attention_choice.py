@@ -14,7 +14,7 @@ from lockstep.ops.contract import Signature
 
 pytestmark = pytest.mark.suite("cpu")
 
-HERE = Capabilities(platform="cpu", device_type="cpu", device_name="a test")
+HERE = Capabilities(platform="here", device_type="cpu", device_name="a test")
 GPU = Capabilities(
     platform="rocm", device_type="cuda", device_name="a test", features=frozenset({"triton"}), has_triton=True
 )
@@ -32,10 +32,12 @@ def providers(*given: object, **options: object) -> list[str]:
 def test_the_first_that_accepts() -> None:
     backend, bindings = choose_backend("auto", HERE, ("triton", "torch"), PLAIN)
     assert isinstance(backend, TorchBackend)
-    assert all(each.refused == (("triton", "made for cuda, musa, rocm, not cpu"),) for each in bindings)
+    assert all(each.refused == (("triton", "made for cuda, musa, rocm, not here"),) for each in bindings)
     capped, bindings = choose_backend("auto", HERE, ("torch",), CAPPED)
     assert capped.name == "reference" and "soft-capped" in bindings[0].refused[0][1]
     assert choose_backend("auto", GPU, ("triton", "torch"), CAPPED)[0].name == "triton"
+    # Triton is not named, and stands before torch for that.
+    assert choose_backend("auto", GPU, ("torch",), PLAIN)[0].name == "triton"
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,11 @@ from lockstep.kv.pool.pool import LayerKV
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """New tokens [start, start + num_tokens) of one sequence, whose keys and values lie in `page_ids` in order.
-
-    The last `num_wanted` of them decide or are scored: who computes a model as a whole may leave out the end of the
-    others. None: all of them.
-    """
+    """New tokens [start, start + num_tokens) of one sequence, whose keys and values lie in `page_ids` in order."""
 
     start: int
     num_tokens: int
     page_ids: Sequence[int]
-    num_wanted: int | None = None
 
     @property
     def num_kv_tokens(self) -> int:

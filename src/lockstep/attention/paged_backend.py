@@ -1,4 +1,4 @@
-"""Attention by a pair of kernels that follow page tables on the device.
+"""Attention over pages in two parts, and the page tables that kernels follow on the device.
 
 Shapes: B sequences, P pages of the widest page table, T rows.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
+from lockstep.attention.part import AttentionPart
+from lockstep.attention.spans import Spans
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
-from lockstep.ops.contract import Kernel
 
 _ALIGNED = 16
 """Tables and their rows begin at multiples of this many entries, so that one compiled kernel serves every step."""
@@ -45,99 +47,93 @@ class PageTables:
         """
         if len(spans) > self.num_sequences:
             raise KernelError(f"{len(spans)} sequences do not fit page tables for {self.num_sequences}")
-        num_pages = [-(-span.num_kv_tokens // self.page_size) for span in spans]
-        width, most = self.page_table_BP.shape[1], max(num_pages, default=0)
+        batch = Spans.of(spans, self.page_size)
+        width, most = self.page_table_BP.shape[1], batch.most_pages
         if most > width:
             raise KernelError(f"a sequence of {most} pages does not fit page tables of {width}")
         counts = np.zeros(self._counts.shape[0], dtype=np.int32)
-        table_BP = np.zeros((len(spans), _aligned(most)), dtype=np.int32)
-        row = 0
-        for index, span in enumerate(spans):
-            row += span.num_tokens
-            counts[index] = span.num_kv_tokens
-            counts[self._first_row + index + 1] = row
-            table_BP[index, : num_pages[index]] = span.page_ids[: num_pages[index]]
-        counts[self._first_row + len(spans) + 1 :] = row
-        _copy(counts, self._counts)
+        counts[: len(batch)] = batch.num_keys_B
+        cu_rows_B1 = counts[self._first_row :]
+        np.cumsum(batch.num_tokens_B, out=cu_rows_B1[1 : len(batch) + 1])
+        cu_rows_B1[len(batch) + 1 :] = cu_rows_B1[len(batch)]
+        self._counts.copy_(batch.stage(counts), non_blocking=True)
         # A table for a whole context is far wider than most sequences need.
-        _copy(table_BP, self.page_table_BP[: len(spans), : table_BP.shape[1]])
+        table_BP = batch.page_table(_aligned(most))
+        self.page_table_BP[: len(batch), : table_BP.shape[1]].copy_(batch.stage(table_BP), non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
 class PagedPlan:
-    """Rows of q up to `num_decode_rows` are single tokens; the rest belongs to `extend`, or is padding."""
+    """Rows of q up to `num_decode_rows` are single tokens; the rest belongs to `extend`, or is padding.
 
+    `decode` and `extend` are what the backend's parts planned, None where a part has nothing to do.
+    """
+
+    page_size: int
     num_decode_rows: int
-    decode: PageTables | None
-    extend: PageTables | None
+    decode: Any
+    extend: Any
 
 
 class PagedBackend(AttentionBackend):
-    """A kernel of attention_decode for leading spans of one token, one of attention_extend for what follows.
+    """One part for leading spans of one token, another for what follows: the best of two providers, or one's.
 
-    Graphs: `fixed_plan` gives a plan over fixed memory. What `run` submits over it may be captured, with kernels that
-    read lengths on the device alone; each replay then computes what the last `refill` wrote.
+    Graphs: where the first part has no reason against them, `fixed_plan` gives a plan over fixed memory. What `run`
+    submits over it may be captured; each replay then computes what the last `refill` wrote.
     """
 
-    def __init__(self, decode: Kernel, extend: Kernel) -> None:
+    def __init__(self, decode: AttentionPart, extend: AttentionPart) -> None:
         same = decode.provider == extend.provider
         self.name = decode.provider if same else f"{decode.provider} and {extend.provider}"
-        self._decode = decode.function
-        self._extend = extend.function
+        self._decode = decode
+        self._extend = extend
+
+    @property
+    def why_no_graphs(self) -> str | None:
+        """Why no graph can hold a step of single tokens; None when one can."""
+        return self._decode.why_no_graphs
 
     def plan(
         self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
     ) -> PagedPlan:
-        num_decode_rows = next((index for index, span in enumerate(spans) if span.num_tokens != 1), len(spans))
+        spans = Spans.of(spans, page_size)
+        num_decode_rows = spans.num_leading_single
         single, longer = spans[:num_decode_rows], spans[num_decode_rows:]
         return PagedPlan(
+            page_size,
             num_decode_rows,
-            _tables_of(single, page_size, device) if single else None,
-            _tables_of(longer, page_size, device) if longer else None,
+            self._decode.plan(single, page_size=page_size, device=device) if single else None,
+            self._extend.plan(longer, page_size=page_size, device=device) if longer else None,
         )
 
     def fixed_plan(self, *, num_rows: int, num_pages: int, page_size: int, device: torch.device) -> PagedPlan:
         """A plan for `num_rows` single tokens of sequences of up to `num_pages` pages; all padding at first."""
-        return PagedPlan(num_rows, PageTables(num_rows, num_pages, page_size, device), None)
+        fixed = self._decode.fixed_plan(
+            num_rows=num_rows, num_pages=num_pages, page_size=page_size, device=device
+        )
+        return PagedPlan(page_size, num_rows, fixed, None)
 
     def refill(self, plan: PagedPlan, spans: Sequence[Span]) -> None:
         """Writes other single tokens into a fixed plan, in stream order; rows after them become padding.
 
         Raises KernelError when they do not fit.
         """
-        if plan.decode is None or any(span.num_tokens != 1 for span in spans):
+        batch = Spans.of(spans, plan.page_size)
+        if plan.decode is None or batch.num_leading_single != len(batch):
             raise KernelError("only plans of single tokens can be refilled, with single tokens")
-        plan.decode.write(spans)
+        self._decode.refill(plan.decode, batch)
 
     def run(self, plan: PagedPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
         out_TNH = torch.empty_like(q_TNH)
-        pools = (kv.k_NPSH, kv.v_NPSH)
-        how = (spec.scale, spec.window, spec.soft_cap)
         first = plan.num_decode_rows
         if plan.decode is not None:
-            at = (plan.decode.page_table_BP, plan.decode.num_keys_B)
-            self._decode(q_TNH[:first], *pools, *at, spec.sinks_N, out_TNH[:first], *how)
+            self._decode.run(plan.decode, q_TNH[:first], kv, spec, out_TNH[:first])
         if plan.extend is not None:
-            tables = plan.extend
-            where = (tables.page_table_BP, tables.cu_rows_B1, tables.num_keys_B)
-            self._extend(q_TNH[first:], *pools, *where, spec.sinks_N, out_TNH[first:], *how)
+            self._extend.run(plan.extend, q_TNH[first:], kv, spec, out_TNH[first:])
         elif first < q_TNH.shape[0]:
             out_TNH[first:].zero_()
         return out_TNH
 
 
-def _tables_of(spans: Sequence[Span], page_size: int, device: torch.device) -> PageTables:
-    longest = max(span.num_kv_tokens for span in spans)
-    tables = PageTables(len(spans), -(-longest // page_size), page_size, device)
-    tables.write(spans)
-    return tables
-
-
 def _aligned(count: int) -> int:
     return -(-count // _ALIGNED) * _ALIGNED
-
-
-def _copy(source: np.ndarray, target: torch.Tensor) -> None:
-    """Without waiting for the device, which may still be busy with what `target` held before."""
-    packed = torch.from_numpy(source)
-    target.copy_(packed if packed.device == target.device else packed.pin_memory(), non_blocking=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
+from lockstep.attention.spans import Spans
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
 
@@ -29,15 +30,12 @@ class SpanBackend(AttentionBackend):
     def plan(
         self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
     ) -> SpanTables:
-        rows: list[tuple[int, ...]] = []
-        pages: list[int] = []
-        row = 0
-        for span in spans:
-            num_wanted = span.num_tokens if span.num_wanted is None else span.num_wanted
-            rows.append((row, span.num_tokens, span.num_kv_tokens, len(pages), num_wanted))
-            pages.extend(span.page_ids[: -(-span.num_kv_tokens // page_size)])
-            row += span.num_tokens
-        return SpanTables(np.array(rows, dtype=np.int32), np.array(pages, dtype=np.int32))
+        step = Spans.of(spans, page_size)
+        width = step.most_pages
+        first_row_B = step.num_tokens_B.cumsum() - step.num_tokens_B
+        first_page_B = np.arange(len(step)) * width
+        columns = (first_row_B, step.num_tokens_B, step.num_keys_B, first_page_B, step.num_wanted_B)
+        return SpanTables(np.stack(columns, axis=1).astype(np.int32), step.page_table(width).ravel())
 
     def run(self, plan: SpanTables, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
         raise KernelError("layers of a model that is computed as a whole do not attend one by one")

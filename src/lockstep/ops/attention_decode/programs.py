@@ -13,6 +13,7 @@ import triton.language as tl
 
 from lockstep.ops.attention_extend.programs import LOG2_E, see_keys
 from lockstep.ops.attention_extend.tiles import decode_tile, num_splits, power_of_two
+from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 
 
 @triton.jit
@@ -53,12 +54,14 @@ def _decode(
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Up to BLOCK_M query heads of one KV head over one part of a sequence's keys.
 
     IN_PARTS: leaves the part's result, normalised, and log2 of its weight, for `_merge`; else the final result.
     """
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1) // HEAD_BLOCKS
     part = tl.program_id(2)
@@ -144,8 +147,10 @@ def _merge(
     BLOCK_H: tl.constexpr,
     BLOCK_J: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One head of one sequence: the mean of its parts, each with its weight; zeros without keys."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     num_seen = tl.load(num_keys_ptr + row)
@@ -232,6 +237,7 @@ def decode(
         IN_PARTS=num_parts > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent_launch(),
     )
     if num_parts > 1:
         _merge[(batch, num_heads)](
@@ -248,4 +254,5 @@ def decode(
             BLOCK_J=16,
             HAS_WINDOW=window > 0,
             num_warps=4,
+            **dependent_launch(),
         )

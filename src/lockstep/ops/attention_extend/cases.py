@@ -64,6 +64,9 @@ LAYERS = (
     Layer(6, 2, 192, 16, soft_cap=5.0, sinks=True),
     Layer(32, 2, 32, 16),
     Layer(128, 2, 32, 16, sinks=True),
+    Layer(24, 2, 64, 16),
+    Layer(9, 1, 64, 16),
+    Layer(20, 2, 64, 16, sinks=True),
 )
 
 
@@ -90,11 +93,13 @@ def paged_inputs(
     num_spare_pages: int = 0,
     slice_rows: bool = False,
     pages_first: bool = False,
+    values: str = "",
 ) -> PagedInputs:
     """Random inputs for sequences of these lengths; `out` is NaN.
 
     `num_spare_pages` widens the page table. `slice_rows` leaves gaps between the heads of q, as products packed with
-    keys do. `pages_first` gives a pool whose pages, not heads, are outermost in memory.
+    keys do. `pages_first` gives a pool whose pages, not heads, are outermost in memory. `values` are those of queries
+    and keys: "" for normal ones, "zero queries", "large queries" with keys as much smaller, or "spread scores".
     """
     device = generator.device
     counts = [-(-length // layer.page_size) for length in num_keys]
@@ -107,6 +112,13 @@ def paged_inputs(
     q = normal(generator, num_rows, layer.heads, layer.head_dim, dtype=dtype)
     shape = (layer.kv_heads, num_pages, layer.page_size, layer.head_dim)
     k, v = (normal(generator, *shape, dtype=dtype) for _ in range(2))
+    if values == "spread scores":
+        q, k = (
+            _integers(generator, tensor, bound, step) for tensor, bound, step in ((q, 127, 0.25), (k, 4, 0.25))
+        )
+    elif values:
+        q_scale, k_scale = {"zero queries": (0.0, 1.0), "large queries": (1024.0, 1 / 1024)}[values]
+        q, k = q * q_scale, k * k_scale
     if pages_first:
         k, v = (pool.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for pool in (k, v))
     return PagedInputs(
@@ -118,6 +130,16 @@ def paged_inputs(
         normal(generator, layer.heads, dtype=dtype) + 1 if layer.sinks else None,
         torch.full((num_rows, layer.heads, layer.head_dim), torch.nan, dtype=dtype, device=device),
     )
+
+
+def _integers(generator: torch.Generator, like: torch.Tensor, bound: int, step: float) -> torch.Tensor:
+    """Multiples of `step` up to `bound` of them: float32 holds sums of their products without an error.
+
+    Scores of them reach 60, and the largest are close to each other in many rows: what rounds scores to 16 bits, or
+    queries after their scale, moves weights by more than the rounding of a weight does.
+    """
+    drawn = torch.randint(-bound, bound + 1, like.shape, generator=generator, device=like.device)
+    return (drawn * step).to(like.dtype)
 
 
 def in_turn(first: int, choices: Sequence[_Choice]) -> Iterator[_Choice]:

@@ -13,11 +13,11 @@ from lockstep.ops.attention_extend.reference import attention_extend
 from lockstep.ops.cases import DTYPES
 from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
 
-_Batch = tuple[tuple[int, int], ...]
+Batch = tuple[tuple[int, int], ...]
 """(new tokens, keys) of each sequence."""
 
 # Whole prompts, chunks, single tokens between them, and sequences of no rows.
-_BATCHES: tuple[_Batch, ...] = (
+_BATCHES: tuple[Batch, ...] = (
     ((33, 33),),
     ((16, 32), (3, 8)),
     ((20, 20), (1, 48), (0, 12), (30, 39), (1, 1)),
@@ -29,25 +29,30 @@ _BATCHES: tuple[_Batch, ...] = (
 def _cases() -> Iterator[Case]:
     for number, dtype in enumerate(DTYPES):
         for layer, batch in zip(LAYERS, in_turn(number, _BATCHES), strict=False):
-            yield _case(dtype, layer, batch, num_padding_rows=layer.heads % 3)
+            yield case(dtype, layer, batch, num_padding_rows=layer.heads % 3)
         plain = Layer(4, 2)
-        yield _case(dtype, plain, ())
-        yield _case(dtype, plain, (), num_padding_rows=3)
-        yield _case(dtype, plain, ((1, 1),))
-        yield _case(dtype, plain, ((5, 20), (9, 9)), num_spare_pages=2)
-        yield _case(dtype, plain, ((9, 20), (3, 3)), slice_rows=True)
-        yield _case(dtype, plain, ((9, 20), (30, 30)), pages_first=True)
-        yield _case(dtype, Layer(128, 128, 32), ((2, 18),))
-        yield _case(dtype, Layer(128, 1, 32), ((3, 18),))
+        yield case(dtype, plain, ())
+        yield case(dtype, plain, (), num_padding_rows=3)
+        yield case(dtype, plain, ((1, 1),))
+        yield case(dtype, plain, ((5, 20), (9, 9)), num_spare_pages=2)
+        yield case(dtype, plain, ((9, 20), (3, 3)), slice_rows=True)
+        yield case(dtype, plain, ((9, 20), (30, 30)), pages_first=True)
+        yield case(dtype, Layer(128, 128, 32), ((2, 18),))
+        yield case(dtype, Layer(128, 1, 32), ((3, 18),))
+        yield case(dtype, plain, ((3, 20),), values="zero queries")
+        yield case(dtype, plain, ((3, 20),), values="large queries")
+        if dtype != torch.float32:
+            # Here float32 itself would be off by more than is accepted.
+            yield case(dtype, Layer(16, 4), ((20, 150), (33, 33)), values="spread scores")
         # Several tiles of rows, and a long context.
-        yield _case(dtype, Layer(2, 2, 32), ((150, 150), (131, 140)))
-        yield _case(dtype, Layer(4, 2, 64, 64), ((3, 8193),))
-        yield _case(dtype, Layer(2, 1, 32, 1, window=1000), ((2, 8193),))
+        yield case(dtype, Layer(2, 2, 32), ((150, 150), (131, 140)))
+        yield case(dtype, Layer(4, 2, 64, 64), ((3, 8193),))
+        yield case(dtype, Layer(2, 1, 32, 1, window=1000), ((2, 8193),))
 
 
-def _case(
-    dtype: torch.dtype, layer: Layer, batch: _Batch, *, num_padding_rows: int = 0, **options: Any
-) -> Case:
+def case(dtype: torch.dtype, layer: Layer, batch: Batch, *, num_padding_rows: int = 0, **options: Any) -> Case:
+    """A call with random values; `options` are those of `paged_inputs`."""
+
     def make(generator: torch.Generator) -> tuple[Any, ...]:
         rows = [num_rows for num_rows, _ in batch]
         num_keys = [length for _, length in batch]
@@ -64,7 +69,7 @@ def _case(
 
 
 def _timed(tokens: int) -> Case:
-    return _case(torch.bfloat16, Layer(32, 8, 128, 16), ((tokens, tokens),))
+    return case(torch.bfloat16, Layer(32, 8, 128, 16), ((tokens, tokens),))
 
 
 def _flops(q: torch.Tensor, *rest: Any) -> int:
@@ -85,7 +90,7 @@ CONTRACT = Contract(
         Argument("num_keys", ("sequence",), note="int32; new tokens included; 0 gives zeros"),
         Argument("sinks", ("head",), note="a logit of each head without a value, or None"),
         Argument("out", ("token", "head", "head_dim"), written=True, note="padding becomes zeros"),
-        Argument("scale"),
+        Argument("scale", note="above 0"),
         Argument("window", note="keys a token sees, its own included; 0 for all"),
         Argument("soft_cap", note="cap * tanh(score / cap); 0 for none"),
     ),

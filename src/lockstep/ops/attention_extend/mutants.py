@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lockstep.ops.attention_extend.reference import (
+    attend,
     attention_extend,
     hidden_keys,
     scores,
@@ -63,22 +64,81 @@ def _padding_left(*given: Any) -> None:
             out[cu_rows[index] : cu_rows[index + 1]] = before[cu_rows[index] : cu_rows[index + 1]]
 
 
-def _mask_after_softmax(*given: Any) -> None:
+def _each_sequence(wrong_attend: Callable[..., torch.Tensor]) -> Callable[..., None]:
+    """From `wrong_attend(q, k, v, number of keys, sinks, scale, window, soft cap)` over all slots of a sequence's pages."""
+
+    def wrong(*given: Any) -> None:
+        q, k, v, table, cu_rows, num_keys, sinks, out, *how = given
+        _right(*given)
+        bounds = cu_rows.tolist()
+        for index, length in enumerate(num_keys.tolist()):
+            rows = slice(bounds[index], bounds[index + 1])
+            if length == 0:
+                continue
+            pages = table[index, : -(-length // k.shape[2])].long()
+            k_KLH, v_KLH = (pool[:, pages].flatten(1, 2) for pool in (k, v))
+            out[rows] = wrong_attend(q[rows], k_KLH, v_KLH, length, sinks, *how).to(out.dtype)
+
+    return wrong
+
+
+def _weighed(weights_KGTL: torch.Tensor, v_KLH: torch.Tensor) -> torch.Tensor:
+    return (weights_KGTL @ v_KLH[:, None].float()).flatten(0, 1).transpose(0, 1)
+
+
+def _mask_after_softmax(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: int,
+    sinks: Any,
+    scale: float,
+    window: int,
+    cap: float,
+) -> torch.Tensor:
     """Hidden keys, and slots after the last key, take their share of the softmax, then lose their values."""
-    q, k, v, table, cu_rows, num_keys, sinks, out, scale, window, soft_cap = given
-    _right(*given)
-    bounds = cu_rows.tolist()
-    for index, length in enumerate(num_keys.tolist()):
-        rows = slice(bounds[index], bounds[index + 1])
-        pages = table[index, : -(-length // k.shape[2])].long()
-        k_KLH, v_KLH = (pool[:, pages].flatten(1, 2) for pool in (k, v))
-        weights = softmax_with_sinks(scores(q[rows], k_KLH, scale, soft_cap), sinks)[..., :length]
-        weights = weights.masked_fill(hidden_keys(rows.stop - rows.start, length, window, q.device), 0)
-        out[rows] = (weights @ v_KLH[:, None, :length].float()).flatten(0, 1).transpose(0, 1).to(out.dtype)
+    weights = softmax_with_sinks(scores(q, k, scale, cap), sinks)[..., :length]
+    weights = weights.masked_fill(hidden_keys(len(q), length, window, q.device), 0)
+    return _weighed(weights, v[:, :length])
+
+
+def _scores_in_16_bits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: int,
+    sinks: Any,
+    scale: float,
+    window: int,
+    cap: float,
+) -> torch.Tensor:
+    rounded = scores(q, k[:, :length], scale, cap).to(_sixteen_bits(q.dtype)).float()
+    hidden = hidden_keys(len(q), length, window, q.device)
+    return _weighed(softmax_with_sinks(rounded.masked_fill(hidden, float("-inf")), sinks), v[:, :length])
+
+
+def _scaled_query_in_16_bits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    length: int,
+    sinks: Any,
+    scale: float,
+    window: int,
+    cap: float,
+) -> torch.Tensor:
+    scaled = (q.float() * scale).to(_sixteen_bits(q.dtype))
+    return attend(scaled, k[:, :length], v[:, :length], sinks, 1.0, window, cap)
+
+
+def _sixteen_bits(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
 MUTANTS: dict[str, Callable[..., None]] = {
-    "softmax before the mask": _mask_after_softmax,
+    "softmax before the mask": _each_sequence(_mask_after_softmax),
+    "scores rounded to 16 bits": _each_sequence(_scores_in_16_bits),
+    "scaled query rounded to 16 bits": _each_sequence(_scaled_query_in_16_bits),
     "wrong scale": _wrong_scale,
     "window off by one": _one_key_too_many,
     "sinks ignored": _sinks_ignored,

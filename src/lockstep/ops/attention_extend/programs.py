@@ -71,18 +71,20 @@ def see_keys(
         share_ML = scores_ML * (scale / soft_cap)
         shrunk_ML = tl.exp2(tl.abs(share_ML) * (-2 * LOG2_E))
         tanh_ML = (1.0 - shrunk_ML) / (1.0 + shrunk_ML)
-        scores_ML = tl.where(share_ML < 0, -tanh_ML, tanh_ML) * (soft_cap * LOG2_E)
+        scores_ML = tl.where(share_ML < 0, -tanh_ML, tanh_ML)
+        unit = soft_cap * LOG2_E
     else:
-        scores_ML = scores_ML * (scale * LOG2_E)
+        unit = scale * LOG2_E
     if MASKED:
         seen_ML = key_L[None, :] <= position_M[:, None]
         if HAS_WINDOW:
             seen_ML = seen_ML & (key_L[None, :] > (position_M - window)[:, None])
         scores_ML = tl.where(seen_ML, scores_ML, float("-inf"))
-    new_top_M = tl.maximum(top_M, tl.max(scores_ML, axis=1))
+    # Scores stay in units of their own: one multiplication and addition brings each into the exponent.
+    new_top_M = tl.maximum(top_M, tl.max(scores_ML, axis=1) * unit)
     # A row that has seen no key yet has no largest score to subtract.
     base_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M) if MASKED else new_top_M
-    weights_ML = tl.exp2(scores_ML - base_M[:, None])
+    weights_ML = tl.exp2(scores_ML * unit - base_M[:, None])
     shrink_M = tl.exp2(top_M - base_M)
     total_M = total_M * shrink_M + tl.sum(weights_ML, axis=1)
     acc_MH = tl.dot(weights_ML.to(v_LH.dtype), v_LH, acc_MH * shrink_M[:, None], input_precision="ieee")
@@ -232,7 +234,7 @@ def extend(
     if num_rows == 0:
         return
     group = num_heads // num_kv_heads
-    tile = extend_tile(group, head_dim, q_TNH.itemsize)
+    tile = extend_tile(group, head_dim, q_TNH.itemsize, num_rows, num_kv_heads)
     num_tiles = num_rows // (tile.rows // group) + num_sequences + 1
     _extend[(num_tiles, num_kv_heads)](
         q_TNH,
