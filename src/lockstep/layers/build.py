@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,18 @@ class Slice:
     member: int | None = None
 
 
+class Place(NamedTuple):
+    """Where a weight, or a part of it, belongs: a contiguous tensor on the build's device, of the part's shape.
+
+    `shape` is the whole weight's.
+    """
+
+    target: torch.Tensor
+    name: str
+    shape: tuple[int, ...]
+    part: Slice | None = None
+
+
 class Weights(Protocol):
     """Where weights come from: a file, shapes alone, or a seed."""
 
@@ -42,15 +54,32 @@ class Weights(Protocol):
         ...
 
 
+@runtime_checkable
+class FillsPlaces(Protocol):
+    """Weights that are read many at once, to where they belong."""
+
+    def fill(self, places: Sequence[Place]) -> None:
+        """Writes every place, in its target's dtype. Raises ModelFileError as Weights.load does."""
+        ...
+
+
+def fill_places(weights: Weights, places: Sequence[Place]) -> None:
+    """Writes every place, one by one where the source knows no better. Raises ModelFileError as Weights.load does."""
+    if isinstance(weights, FillsPlaces):
+        weights.fill(places)
+        return
+    for target, name, shape, part in places:
+        target.copy_(weights.load(name, shape, target.dtype, part))
+
+
 @dataclass
 class Build:
     """Everything a layer needs to make itself: its ranks, its device, its weights, its kernels.
 
-    Layers call `weight`, `bind`, `point` and `add_attention`; whoever owns the build reads the figures afterwards.
-    `keep_grouped`: matrices of integers with scales stay so, for kernels that read them, and `quantise` makes plain
-    ones such. `norm_dtype`: of norms' weights
-    where it is not the model's dtype. `shared` holds what two layers have in common, such as tied embeddings,
-    `left_to_others` the names of weights that only other ranks hold.
+    Layers call `weight`, `fill`, `bind`, `point` and `add_attention`; whoever owns the build reads the figures
+    afterwards. `keep_grouped`: matrices of integers with scales stay so, for kernels that read them, and `quantise`
+    makes plain ones such. `norm_dtype`: of norms' weights where it is not the model's dtype. `shared` holds what two
+    layers have in common, such as tied embeddings, `left_to_others` the names of weights that only other ranks hold.
     """
 
     mesh: Mesh
@@ -86,6 +115,14 @@ class Build:
         self.weight_bytes += tensor.nbytes
         return tensor.to(self.device)
 
+    def fill(self, places: Sequence[Place]) -> None:
+        """Writes weights to where they belong on the device. Raises ModelFileError as `weight` does."""
+        fill_places(self.weights, places)
+        for place in places:
+            if self.on_weight is not None:
+                self.on_weight(place.name, place.target.nbytes)
+            self.weight_bytes += place.target.nbytes
+
     def grouped_weight(
         self, name: str, shape: tuple[int, ...], part: Slice | None = None
     ) -> GroupedWeight | None:
@@ -109,6 +146,10 @@ class Build:
         """The kernel for one call site."""
         described: Signature = {"dtype": self.dtype, **signature}
         return self.kernels.bind(op, where, described)
+
+    def bind_fused(self, op: str, where: str, *, apart: str | None = None, **signature: Any) -> Binding | None:
+        """One kernel for one call site, or None: its parts are to be bound in its place, for the reason `apart` too."""
+        return self.kernels.bind_fused(op, where, {"dtype": self.dtype, **signature}, apart=apart)
 
     def point(
         self, name: str, axes: tuple[str, ...], placement: str = "replicated"

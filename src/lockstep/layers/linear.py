@@ -129,6 +129,23 @@ class Part:
         return Part(name, self.total, self.start, self.length)
 
 
+def load_packed(
+    build: Build, parts: Sequence[Part], num_inputs: int, *, bias: bool
+) -> tuple[list[Matrix], torch.Tensor | None]:
+    """This rank's parts of the stored weights, one after the other, and their biases as one. Raises ModelFileError."""
+    slices = [Slice(0, part.start, part.length) for part in parts]
+    weights = [
+        load_matrix(build, f"{part.name}.weight", (part.total, num_inputs), rows)
+        for part, rows in zip(parts, slices, strict=True)
+    ]
+    if not bias:
+        return weights, None
+    biases = [
+        build.weight(f"{part.name}.bias", (part.total,), rows) for part, rows in zip(parts, slices, strict=True)
+    ]
+    return weights, torch.cat(biases)
+
+
 class ColumnParallelLinear:
     """Stored weights packed into one product whose outputs are split over the axis.
 
@@ -149,17 +166,7 @@ class ColumnParallelLinear:
     ) -> None:
         self.where = where
         self._axis = axis
-        weights = [
-            load_matrix(
-                build, f"{part.name}.weight", (part.total, num_inputs), Slice(0, part.start, part.length)
-            )
-            for part in parts
-        ]
-        biases = [
-            build.weight(f"{part.name}.bias", (part.total,), Slice(0, part.start, part.length))
-            for part in (parts if bias else ())
-        ]
-        packed_bias = torch.cat(biases) if biases else None
+        weights, packed_bias = load_packed(build, parts, num_inputs, bias=bias)
         self.product = Product(build, where, weights, packed_bias)
         self._point = build.point(where, ("token", "output"), f"sharded:{axis}:1")
 

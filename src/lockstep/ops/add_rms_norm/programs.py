@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 from lockstep.ops.rows import as_rows, whole_row_tile
 
 
@@ -31,6 +32,7 @@ def _add_rms_norm(
     eps: tl.tensor,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS whole rows: both inputs read once, the sum held in registers, both results written once."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -44,9 +46,10 @@ def _add_rms_norm(
     residual_start += (row % residual_inner).to(tl.int64) * residual_inner_stride
     update_ptrs = update_ptr + update_start[:, None] + (far_column * update_column_stride)[None, :]
     residual_ptrs = residual_ptr + residual_start[:, None] + (far_column * residual_column_stride)[None, :]
+    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     update = tl.load(update_ptrs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
     # What is normalised is the sum as the next layer reads it.
     total = (residual + update).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptrs, total, mask=mask)
@@ -81,5 +84,6 @@ def add_and_normalise(
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.num_warps,
+            **dependent_launch(),
         )
     return out_TD, residual.values

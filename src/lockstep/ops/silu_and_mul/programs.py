@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 from lockstep.ops.rows import as_rows, elementwise_tile
 
 SILU, GELU, GELU_TANH = 0, 1, 2
@@ -27,6 +28,7 @@ def _activate_and_multiply(
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """ROWS x BLOCK elements of the result. Programs beside each other read beside each other."""
     num_blocks = tl.cdiv(width, BLOCK)
@@ -38,6 +40,7 @@ def _activate_and_multiply(
     far_column = column.to(tl.int64)
     gate_ptrs = x_ptr + start[:, None] + (far_column * column_stride)[None, :]
     up_ptrs = x_ptr + start[:, None] + ((far_column + width) * column_stride)[None, :]
+    wait_for_inputs(PDL)
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == 0:
@@ -69,5 +72,6 @@ def activate_and_multiply(x_T2F: torch.Tensor, activation: int) -> torch.Tensor:
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.num_warps,
+            **dependent_launch(),
         )
     return out_TF

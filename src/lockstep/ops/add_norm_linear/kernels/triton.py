@@ -1,0 +1,59 @@
+"""One Triton program for few rows; for more, the Triton programs of the parts around torch's linear."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.ops.add_norm_linear.tiles import Problem, tile_of
+from lockstep.ops.contract import Kernel, Signature
+from lockstep.ops.linear.reference import linear
+from lockstep.ops.rows import refuses_wide_rows
+
+
+def _refuses(signature: Signature) -> str | None:
+    dtype = signature["dtype"]
+    if dtype != torch.bfloat16:
+        # The rows are multiplied before they are scaled: float16 would overflow where a stream grows large.
+        return f"multiplies bfloat16, not {dtype}"
+    return refuses_wide_rows({"width": max(signature["inputs"], 1)})
+
+
+def add_norm_linear(
+    update_TD: torch.Tensor | None,
+    residual_TD: torch.Tensor,
+    norm_weight_D: torch.Tensor,
+    eps: float,
+    weight_OD: torch.Tensor,
+    bias_O: torch.Tensor | None = None,
+    gated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the contract."""
+    from lockstep.ops.add_norm_linear.programs import normed_product
+    from lockstep.ops.add_rms_norm.programs import add_and_normalise
+    from lockstep.ops.rms_norm.programs import normalise
+    from lockstep.ops.silu_and_mul.programs import SILU, activate_and_multiply
+
+    outputs, inputs = weight_OD.shape
+    tile = tile_of(Problem(residual_TD.shape[0], outputs, inputs, gated))
+    streams = (residual_TD,) if update_TD is None else (update_TD, residual_TD)
+    if tile is not None and all(each.stride(1) == 1 for each in (*streams, weight_OD)):
+        norm = (norm_weight_D, eps)
+        return normed_product(update_TD, residual_TD, norm, weight_OD, bias_O, tile, gated=gated)
+    if update_TD is None:
+        normed_TD, total_TD = normalise(residual_TD, norm_weight_D, eps, inputs), residual_TD
+    else:
+        normed_TD, total_TD = add_and_normalise(update_TD, residual_TD, norm_weight_D, eps)
+    out_TO = linear(normed_TD, weight_OD, bias_O)
+    return activate_and_multiply(out_TO, SILU) if gated else out_TO, total_TD
+
+
+KERNELS = (
+    Kernel(
+        op="add_norm_linear",
+        provider="triton",
+        function=add_norm_linear,
+        platforms=frozenset({"cuda"}),
+        features=frozenset({"triton"}),
+        refuses=_refuses,
+    ),
+)

@@ -1,0 +1,38 @@
+"""A Triton program for few rows, which reads the weight as fast as the device can; torch's linear for more."""
+
+from __future__ import annotations
+
+import torch
+
+from lockstep.ops.contract import Kernel, Signature
+from lockstep.ops.linear.reference import linear as torch_linear
+from lockstep.ops.linear.tiles import tile_of
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _refuses(signature: Signature) -> str | None:
+    dtype = signature["dtype"]
+    return None if dtype in _DTYPES else f"multiplies bfloat16 and float16, not {dtype}"
+
+
+def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """See the contract. Where elements of a row lie apart, it is torch's linear too."""
+    tile = tile_of(x_TI.shape[0], *weight_OI.shape)
+    if tile is None or x_TI.stride(1) != 1 or weight_OI.stride(1) != 1:
+        return torch_linear(x_TI, weight_OI, bias_O)
+    from lockstep.ops.linear.programs import product
+
+    return product(x_TI, weight_OI, bias_O, tile)
+
+
+KERNELS = (
+    Kernel(
+        op="linear",
+        provider="triton",
+        function=linear,
+        platforms=frozenset({"cuda"}),
+        features=frozenset({"triton"}),
+        refuses=_refuses,
+    ),
+)

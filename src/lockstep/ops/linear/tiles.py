@@ -1,0 +1,95 @@
+"""The part of a product of few rows that one program of the Triton kernel computes, and when another kernel is better.
+
+Such a product is bound by reading the weight once. What counts is that every processor of the device has enough of it
+on the way: enough programs, and enough in each. The shapes of Qwen3's 0.6B, 8B and 30B-A3B were timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+_PROGRAMS = 256
+"""About two for each processor of a large GPU."""
+
+MOST_ROWS = 16
+"""Beyond, what was not timed is left to the vendor's library."""
+
+
+class Tile(NamedTuple):
+    """`outputs` outputs of all rows, `inputs` at a time, in `splits` parts of all inputs, a power of two each.
+
+    `rows` is how many the program is made for: 1 multiplies and adds; 16 and more are products of matrices, padded.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+class Problem(NamedTuple):
+    """What decides a tile. `rows` is the most that share it."""
+
+    rows: int
+    outputs: int
+    inputs: int
+
+
+# One H100 80GB, bfloat16, weights from memory; of 13 tiles for one row and 18 for more.
+MEASURED: Mapping[Problem, Tile | None] = {
+    Problem(1, 1024, 2048): Tile(1, 2, 2048, 1, 4, 2),
+    Problem(16, 1024, 2048): Tile(16, 32, 128, 4, 4, 4),
+    Problem(32, 1024, 2048): Tile(32, 32, 128, 4, 4, 4),
+    Problem(1, 1024, 3072): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(8, 1024, 3072): Tile(16, 64, 128, 4, 4, 4),
+    Problem(16, 1024, 3072): Tile(16, 32, 128, 4, 4, 4),
+    Problem(32, 1024, 3072): Tile(32, 32, 128, 4, 4, 4),
+    Problem(1, 2048, 4096): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(16, 2048, 4096): Tile(16, 64, 128, 4, 4, 4),
+    Problem(32, 2048, 4096): Tile(32, 64, 128, 4, 4, 4),
+    Problem(1, 4096, 1024): Tile(1, 4, 512, 1, 2, 2),
+    Problem(16, 4096, 1024): Tile(16, 64, 128, 1, 4, 4),
+    Problem(32, 4096, 1024): Tile(32, 64, 128, 1, 4, 4),
+    Problem(1, 4096, 4096): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(8, 4096, 4096): Tile(16, 64, 128, 4, 4, 4),
+    Problem(16, 4096, 4096): Tile(16, 64, 128, 2, 4, 4),
+    Problem(32, 4096, 4096): Tile(32, 16, 256, 1, 4, 4),
+    Problem(1, 4096, 12288): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(16, 4096, 12288): Tile(16, 64, 128, 4, 4, 4),
+    Problem(32, 4096, 12288): Tile(32, 64, 128, 4, 4, 4),
+    Problem(1, 5120, 2048): Tile(1, 4, 512, 1, 2, 2),
+    Problem(16, 5120, 2048): Tile(16, 64, 128, 1, 4, 4),
+    Problem(32, 5120, 2048): Tile(32, 64, 128, 1, 4, 4),
+    Problem(1, 6144, 1024): Tile(1, 2, 1024, 1, 2, 2),
+    Problem(16, 6144, 1024): Tile(16, 64, 128, 1, 4, 4),
+    Problem(32, 6144, 1024): Tile(32, 64, 128, 1, 4, 4),
+    Problem(1, 6144, 4096): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(16, 6144, 4096): Tile(16, 64, 128, 1, 4, 4),
+    Problem(32, 6144, 4096): Tile(32, 64, 128, 1, 4, 4),
+    Problem(1, 24576, 4096): Tile(1, 4, 1024, 1, 4, 2),
+    Problem(16, 24576, 4096): Tile(16, 64, 128, 1, 4, 4),
+    Problem(32, 24576, 4096): Tile(32, 64, 128, 1, 4, 4),
+}
+"""The best tile of each problem that was timed, fewest rows first; None where the vendor's library is better."""
+
+
+def tile_of(rows: int, outputs: int, inputs: int) -> Tile | None:
+    """The tile for a product, or None: the vendor's library is to compute it."""
+    for problem, tile in MEASURED.items():
+        if 0 < rows <= problem.rows and (outputs, inputs) == problem[1:]:
+            return tile
+    return default_tile(rows, outputs, inputs) if 0 < rows <= MOST_ROWS else None
+
+
+def default_tile(rows: int, outputs: int, inputs: int) -> Tile:
+    """A tile for what was not timed: lines of memory as long as they get, split where programs would be too few."""
+    if rows == 1:
+        return Tile(1, 4 if outputs <= 4 * 8 * _PROGRAMS else 8, 1024, 1, 4, 2)
+    tile_outputs = 16 if outputs <= 32 * _PROGRAMS else 32 if outputs <= 64 * _PROGRAMS else 64
+    splits = 1
+    while splits < 8 and -(-outputs // tile_outputs) * splits < _PROGRAMS and inputs >= 512 * splits:
+        splits *= 2
+    return Tile(16, tile_outputs, 128, splits, 4, 4)

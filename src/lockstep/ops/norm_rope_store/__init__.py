@@ -1,0 +1,1 @@
+"""What happens to new heads between their product and attention: norms, rotation, storing. In one operator."""

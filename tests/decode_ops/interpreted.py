@@ -1,0 +1,79 @@
+"""Runs the Triton kernels of a decode step in Triton's interpreter: `python interpreted.py SEED OPERATOR...`.
+
+Checks every case of each contract whose dtype the kernel takes and that is small enough. Exits 1 on a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from lockstep.ops.check import check_kernel
+from lockstep.ops.contract import Case, Contract, Kernel
+from lockstep.ops.registry import contracts, kernels
+
+MOST_PRODUCTS = 2**23
+"""Products of numbers in a case that is still quick to interpret."""
+
+
+def as_processors_do() -> None:
+    """The interpreter cuts floats off where it makes them bfloat16, and multiplies bfloat16 as if bits were numbers."""
+    own_convert, own_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def convert(values: np.ndarray, given: Any, wanted: Any, rounding: Any) -> np.ndarray:
+        if given != tl.float32 or wanted != tl.bfloat16:
+            return np.asarray(own_convert(values, given, wanted, rounding))
+        floats = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
+        return np.asarray(floats.to(torch.bfloat16).view(torch.uint16).numpy())
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint16).astype(np.int32) << 16)
+        return interpreter.TensorHandle(bits.view(torch.float32).numpy(), tl.float32)
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return own_dot(builder, widened(a), widened(b), *rest)
+
+    interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def quick_cases(contract: Contract, kernel: Kernel) -> Iterator[Case]:
+    for case in contract.cases():
+        given = case.make(torch.Generator().manual_seed(0))
+        rows = next(len(value) for value in given if isinstance(value, torch.Tensor))
+        num_products = rows * case.signature.get("inputs", 0) * case.signature.get("outputs", 0)
+        if kernel.refuses(case.signature) is None and num_products <= MOST_PRODUCTS:
+            yield case
+
+
+def main(seed: int, *ops: str) -> int:
+    torch.set_num_threads(1)
+    as_processors_do()
+    passed = bool(ops)
+    for op in ops:
+        kernel = next(kernel for kernel in kernels(op) if kernel.provider == "triton")
+        contract = contracts()[op]
+        quick = partial(quick_cases, contract, kernel)
+        report = check_kernel(replace(contract, cases=quick), kernel, seed=seed)
+        worst = f"worst {report.worst_share:.2f} in {report.worst_case}"
+        print(f"{op}, seed {seed}: {report.num_cases} cases, {worst}", *report.failures[:5], sep="\n")
+        passed &= report.passed
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))
