@@ -1,6 +1,7 @@
 """What a request gets does not depend on how its tokens were computed, nor on who else was there.
 
-Each scenario is compared with the same prompt alone, uncached, in one chunk, in a pool with room for all.
+Each scenario is compared with the same prompt alone, uncached, in one chunk, in a pool with room for all, each step
+waited for; and it is run both so and with the next step planned before the last one's result is taken.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Tiny:
     path: Path
     prompts: list[list[int]]
     plain: LLM
+    overlap: str
+
+    def open(self, **options: Any) -> LLM:
+        """An engine to be compared."""
+        return open_tiny(self.path, overlap=self.overlap, **options)
 
     def alone(self, params: SamplingParams | list[SamplingParams]) -> list[Completion]:
         """Each prompt by itself on an engine without a prefix cache."""
@@ -55,12 +61,13 @@ class Tiny:
         return [self.plain.generate([prompt], one)[0] for prompt, one in zip(self.prompts, each, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=["llama off", "llama on", "gemma3 off", "gemma3 on"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    path = tmp_path_factory.mktemp(request.param)
-    make_tiny(path, request.param)
-    with open_tiny(path, disable_radix_cache=True, chunked_prefill_size=512) as plain:
-        yield Tiny(path, random_prompts(LENGTHS), plain)
+    architecture, overlap = request.param.split()
+    path = tmp_path_factory.mktemp(architecture)
+    make_tiny(path, architecture)
+    with open_tiny(path, disable_radix_cache=True, chunked_prefill_size=512, overlap="off") as plain:
+        yield Tiny(path, random_prompts(LENGTHS), plain, overlap)
 
 
 @pytest.fixture(scope="module")
@@ -104,19 +111,19 @@ def test_the_tolerance_sees_one_changed_token(tiny: Tiny) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 16, 512])
 def test_chunk_size(tiny: Tiny, chunk: int) -> None:
     expected = tiny.alone(SCORED)
-    with open_tiny(tiny.path, chunked_prefill_size=chunk, disable_radix_cache=True) as llm:
+    with tiny.open(chunked_prefill_size=chunk, disable_radix_cache=True) as llm:
         assert_same([llm.generate([prompt], SCORED)[0] for prompt in tiny.prompts], expected)
 
 
 @pytest.mark.parametrize("chunk", [len(LENGTHS), 64])
 def test_company_of_fifteen(tiny: Tiny, greedy: list[Completion], chunk: int) -> None:
-    with open_tiny(tiny.path, chunked_prefill_size=chunk) as llm:
+    with tiny.open(chunked_prefill_size=chunk) as llm:
         assert_same(llm.generate(tiny.prompts, GREEDY), greedy)
         assert llm.stats().num_steps < NUM_TOKENS + sum(LENGTHS), "they did not share steps"
 
 
 def test_prefix_hit(tiny: Tiny, greedy: list[Completion]) -> None:
-    with open_tiny(tiny.path) as llm:
+    with tiny.open() as llm:
         assert_same(llm.generate(tiny.prompts, GREEDY), greedy)
         again = llm.generate(tiny.prompts, GREEDY)
         assert_same(again, greedy)
@@ -128,7 +135,7 @@ def test_prefix_hit_inside_an_answer_of_another(tiny: Tiny, greedy: list[Complet
     """A conversation goes on: the next prompt is the last one with its answer and more."""
     longer = [[*prompt, *answer.token_ids, 3, 1] for prompt, answer in zip(tiny.prompts, greedy, strict=True)]
     expected = [tiny.plain.generate([prompt], GREEDY)[0] for prompt in longer]
-    with open_tiny(tiny.path) as llm:
+    with tiny.open() as llm:
         llm.generate(tiny.prompts, GREEDY)
         found = llm.generate(longer, GREEDY)
         assert_same(found, expected)
@@ -138,7 +145,7 @@ def test_prefix_hit_inside_an_answer_of_another(tiny: Tiny, greedy: list[Complet
 
 
 def test_after_a_flush(tiny: Tiny, greedy: list[Completion]) -> None:
-    with open_tiny(tiny.path) as llm:
+    with tiny.open() as llm:
         llm.generate(tiny.prompts, GREEDY)
         assert llm.flush_cache() > 0
         assert llm.stats().num_pages_cached == 0
@@ -148,7 +155,7 @@ def test_after_a_flush(tiny: Tiny, greedy: list[Completion]) -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_preemption(tiny: Tiny, greedy: list[Completion], cached: bool) -> None:
-    with open_tiny(tiny.path, chunked_prefill_size=32, disable_radix_cache=not cached, **SMALL_POOL) as llm:
+    with tiny.open(chunked_prefill_size=32, disable_radix_cache=not cached, **SMALL_POOL) as llm:
         assert_same(llm.generate(tiny.prompts, GREEDY), greedy)
         stats = llm.stats()
         print(f"{stats.num_preemptions} preemptions")
@@ -156,7 +163,7 @@ def test_preemption(tiny: Tiny, greedy: list[Completion], cached: bool) -> None:
 
 
 def test_preemption_reports_each_prompt_row_once(tiny: Tiny) -> None:
-    with open_tiny(tiny.path, chunked_prefill_size=16, **SMALL_POOL) as llm:
+    with tiny.open(chunked_prefill_size=16, **SMALL_POOL) as llm:
         found = llm.generate(tiny.prompts, SCORED)
         assert llm.stats().num_preemptions > 0
     assert [len(answer.prompt_logprobs) for answer in found] == [length - 1 for length in LENGTHS]
@@ -164,20 +171,20 @@ def test_preemption_reports_each_prompt_row_once(tiny: Tiny) -> None:
 
 
 def test_seeded_draws_in_company(tiny: Tiny, sampled: list[Completion]) -> None:
-    with open_tiny(tiny.path) as llm:
+    with tiny.open() as llm:
         assert_same(llm.generate(tiny.prompts, various_params()), sampled)
         assert_same(llm.generate(tiny.prompts[::-1], various_params()[::-1]), sampled[::-1])
 
 
 def test_seeded_draws_through_preemption(tiny: Tiny, sampled: list[Completion]) -> None:
-    with open_tiny(tiny.path, chunked_prefill_size=24, **SMALL_POOL) as llm:
+    with tiny.open(chunked_prefill_size=24, **SMALL_POOL) as llm:
         assert_same(llm.generate(tiny.prompts, various_params()), sampled)
         assert llm.stats().num_preemptions > 0
 
 
 def test_penalties_remember_what_came_before_a_preemption(tiny: Tiny) -> None:
     params = replace(GREEDY, presence_penalty=2.0, frequency_penalty=1.0, repetition_penalty=1.2)
-    with open_tiny(tiny.path, **SMALL_POOL) as llm:
+    with tiny.open(**SMALL_POOL) as llm:
         assert_same(llm.generate(tiny.prompts, params), tiny.alone(params))
         assert llm.stats().num_preemptions > 0
 
@@ -185,9 +192,9 @@ def test_penalties_remember_what_came_before_a_preemption(tiny: Tiny) -> None:
 def test_siblings_are_requests_with_the_next_seeds(tiny: Tiny) -> None:
     params = SamplingParams(seed=77, n=3, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
     prompts = tiny.prompts[-4:]
-    with open_tiny(tiny.path) as llm:
+    with tiny.open() as llm:
         found = llm.generate(prompts, params)
-    with open_tiny(tiny.path, **SMALL_POOL) as crowded:
+    with tiny.open(**SMALL_POOL) as crowded:
         assert_same(crowded.generate(prompts, params), found)
         assert crowded.stats().num_preemptions > 0
     for prompt, answer in zip(prompts, found, strict=True):
@@ -200,6 +207,7 @@ def test_siblings_are_requests_with_the_next_seeds(tiny: Tiny) -> None:
 def test_priorities_change_the_order_and_nothing_else(tiny: Tiny, greedy: list[Completion]) -> None:
     """The last to come is the most urgent; the pool is too small for all."""
     options = {"model": str(tiny.path), "dtype": "float32", "threads": 1, "page_size": PAGE_SIZE}
+    options["overlap"] = tiny.overlap
     engine = Engine({**options, "schedule_policy": "priority", "chunked_prefill_size": 32, **SMALL_POOL})
     try:
         tokens: dict[str, list[int]] = {}

@@ -224,7 +224,7 @@ def test_a_step_that_fails_is_the_last(llm: LLM, monkeypatch: pytest.MonkeyPatch
     def fail(plan: object) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(llm._engine.loop.core.executor, "execute", fail)
+    monkeypatch.setattr(llm._engine.loop.core.executor, "submit", fail)
     with pytest.raises(RuntimeError, match="the device is gone"):
         llm.generate([[1, 2, 3]], GREEDY)
     monkeypatch.undo()

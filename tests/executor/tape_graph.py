@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.attention.paged_backend import PagedBackend
+from lockstep.attention.table_parts import DecodeTables, ExtendTables
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import kernels
 from lockstep.ops.selection import Binding, KernelSelector
@@ -99,4 +100,5 @@ class TapeSelector(KernelSelector):
 
 def tape_attention() -> PagedBackend:
     extend = next(kernel for kernel in kernels("attention_extend") if kernel.provider == "reference")
-    return PagedBackend(Kernel(op="attention_decode", provider="tape", function=decode), extend)
+    tape = Kernel(op="attention_decode", provider="tape", function=decode)
+    return PagedBackend(DecodeTables(tape), ExtendTables(extend))

@@ -14,15 +14,15 @@ from lockstep.attention.torch_backend import TorchBackend
 from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
 from lockstep.executor.graphs import DecodeGraphs, ladder, why_no_graphs
-from lockstep.executor.inputs import build_inputs
+from lockstep.executor.inputs import LastTokens, StepRows, build_inputs
 from lockstep.executor.runner import ModelRunner
 from lockstep.executor.sequences import SequenceTable
+from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build
 from lockstep.models.registry import model_class
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import Binding
-from lockstep.ops.top_k_top_p_sample.kernels.torch import top_k_top_p_sample
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
 
@@ -70,6 +70,7 @@ class Engine:
             self.model.forward,
             attention,
             self.pool,
+            LastTokens(MOST_ROWS + 1, HOST),
             most_rows=MOST_ROWS,
             num_pages=CONTEXT_LENGTH // PAGE_SIZE,
             device=HOST,
@@ -79,10 +80,10 @@ class Engine:
             self.model,
             self.pool,
             attention,
+            max_sequences=MOST_ROWS + 1,
             windows=self.build.windows,
             eos_token_ids=(),
-            device=HOST,
-            sample=top_k_top_p_sample,
+            transfers=Transfers(HOST),
             graphs=self.graphs if with_graphs else None,
         )
 
@@ -162,22 +163,20 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str, num_sequence
     engine = Engine(layout_named(name), with_graphs=True)
     prompts = {seq_id: 2 + 3 * seq_id for seq_id in range(num_sequences)}
     script = plans(prompts, [], 3)
-    sequences = SequenceTable()
+    sequences = SequenceTable(MOST_ROWS)
     with torch.inference_mode():
         for plan in script:
             engine.runner.execute(plan)
             sequences.apply(plan)
-            for result_id in prompts:
-                sequences[result_id].append(5)
         plan = decode_plan(9, {seq_id: length + 3 for seq_id, length in prompts.items()})
         sequences.apply(plan)
         num_rows = engine.graphs.num_rows_for(plan)
         assert num_rows is not None
         step = engine.graphs.step(num_rows)
-        step.fill(build_inputs(plan, sequences, PAGE_SIZE, HOST, num_rows=num_rows))
+        step.fill(build_inputs(plan, sequences, PAGE_SIZE, num_rows=num_rows))
         replayed = step.replay().clone()
         assert torch.equal(step.run(), replayed) and replayed.isfinite().all()
-        step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, HOST, num_rows=num_rows))
+        step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, num_rows=num_rows))
         assert not torch.equal(step.replay()[:num_sequences], replayed[:num_sequences])
 
 
@@ -186,20 +185,39 @@ def test_padding_is_stored_nowhere() -> None:
     with torch.inference_mode():
         for num_rows in ladder(MOST_ROWS):
             step = engine.graphs.step(num_rows)
-            step.fill(build_inputs(StepPlan(0), SequenceTable(), PAGE_SIZE, HOST, num_rows=num_rows))
+            step.fill(build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows))
             assert step.replay().isfinite().all()
     assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
 
 
 def test_inputs_are_padded_with_rows_of_nobody() -> None:
-    sequences, plan = SequenceTable(), plans({1: 5}, [], 0)[0]
+    sequences, plan = SequenceTable(MOST_ROWS), plans({1: 5}, [], 0)[0]
     sequences.apply(plan)
-    inputs = build_inputs(plan, sequences, PAGE_SIZE, HOST, num_rows=8)
-    assert inputs.token_ids_T.tolist() == [7, 10, 13, 16, 19, 0, 0, 0]
-    assert inputs.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
-    assert inputs.slots_T.tolist() == [32, 33, 34, 35, 36, -1, -1, -1]
-    assert len(inputs.spans) == 1 and inputs.first_rows == [0]
-    assert build_inputs(plan, sequences, PAGE_SIZE, HOST).rows_3T.shape == (3, 5)
+    inputs = build_inputs(plan, sequences, PAGE_SIZE, num_rows=8)
+    owner = sequences[1].slot
+    assert inputs.facts_5T.tolist() == [
+        [7, 10, 13, 16, 19, 0, 0, 0],
+        [0, 1, 2, 3, 4, 0, 0, 0],
+        [32, 33, 34, 35, 36, -1, -1, -1],
+        [0] * 8,
+        [owner] * 5 + [0] * 3,
+    ]
+    assert len(inputs.spans) == 1 and inputs.first_row_B.tolist() == [0] and inputs.num_rows == 5
+    assert build_inputs(plan, sequences, PAGE_SIZE).facts_5T.shape == (5, 5)
+
+
+def test_tokens_that_the_host_does_not_know_are_taken_from_the_device() -> None:
+    """A prompt, and beside it a sequence whose next row is a token that was sampled."""
+    sequences, (first,), (second,) = SequenceTable(MOST_ROWS), plans({1: 5}, [], 0), plans({2: 3}, [], 0)
+    sequences.apply(first)
+    plan = StepPlan(1, second.started, (), (*decode_plan(1, {1: 5}).slices, *second.slices))
+    sequences.apply(plan)
+    inputs = build_inputs(plan, sequences, PAGE_SIZE)
+    one, two = sequences[1].slot, sequences[2].slot
+    assert inputs.facts_5T[0].tolist() == [0, 14, 17, 20] and inputs.facts_5T[3].tolist() == [one, 0, 0, 0]
+    rows, last_tokens = StepRows(torch.from_numpy(inputs.facts_5T)), LastTokens(MOST_ROWS, HOST)
+    last_tokens.keep(torch.tensor([two, one]), torch.tensor([88, 77]))
+    assert last_tokens.resolve(rows).tolist() == [77, 14, 17, 20]
 
 
 def test_steps_that_no_graph_holds() -> None:

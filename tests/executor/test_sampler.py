@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 from lockstep.core.sampling import SamplingParams
+from lockstep.core.step import SequenceStart
 from lockstep.executor.draws import uniform
-from lockstep.executor.sampler import Sampler
-from lockstep.executor.sequences import SequenceState
+from lockstep.executor.hooks import SamplerHook
+from lockstep.executor.sampler import STOCK, Sampler, Sampling, SamplingKernels, explain
+from lockstep.executor.transfers import Transfers
 from lockstep.ops.top_k_top_p_sample.kernels.torch import FIRST_CANDIDATES
+from lockstep.ops.top_k_top_p_sample.reference import top_k_top_p_sample
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -29,18 +33,35 @@ def one_thread() -> None:
 
 
 def state_of(
-    params: SamplingParams, generated: Sequence[int] = (), prompt: Sequence[int] = PROMPT
-) -> SequenceState:
-    token_ids = [*prompt, *generated]
-    return SequenceState(
-        seq_id=0,
-        params=params,
-        token_ids=token_ids,
-        num_prompt_tokens=len(prompt),
-        page_ids=[],
-        pooling=None,
-        generated_counts=Counter(generated),
-    )
+    params: SamplingParams, generated: Sequence[int] = (), prompt: Sequence[int] = PROMPT, seq_id: int = 0
+) -> SequenceStart:
+    return SequenceStart(seq_id, params, (*prompt, *generated), len(prompt), 0, ())
+
+
+class Rows:
+    """A sampler with a sequence in each row."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        starts: Sequence[SequenceStart],
+        eos: Sequence[int] = (EOS,),
+        hooks: Sequence[SamplerHook] = (),
+        kernels: SamplingKernels = STOCK,
+    ) -> None:
+        self._sampler = Sampler(len(starts), vocab_size, eos, Transfers(torch.device("cpu")), hooks, kernels)
+        # Slots in another order than rows.
+        self._slots = np.array([len(starts) - row for row in range(len(starts))])
+        self._seq_ids = [start.seq_id for start in starts]
+        self._positions = np.array([len(start.token_ids) for start in starts])
+        for slot, start in zip(self._slots.tolist(), starts, strict=True):
+            self._sampler.start(slot, start)
+
+    def choose(self, logits_RV: torch.Tensor) -> tuple[list[int], list[str | None]]:
+        """The next token of each row, and why there is none."""
+        chosen = self._sampler.choose(logits_RV, Sampling(self._seq_ids, self._slots, self._positions))
+        self._positions = self._positions + 1
+        return chosen.token_ids_R.tolist(), [explain(best) for best in chosen.best_R.tolist()]
 
 
 def random_logits(seed: int, vocab_size: int = VOCAB_SIZE, scale: float = 3.0) -> torch.Tensor:
@@ -48,11 +69,11 @@ def random_logits(seed: int, vocab_size: int = VOCAB_SIZE, scale: float = 3.0) -
     return torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def choose(logits_V: torch.Tensor, *states: SequenceState, eos: Sequence[int] = (EOS,)) -> list[int]:
+def choose(logits_V: torch.Tensor, *states: SequenceStart, eos: Sequence[int] = (EOS,)) -> list[int]:
     """Tokens for rows that all have the same scores."""
-    choices = Sampler(eos).choose(logits_V.repeat(len(states), 1), states)
-    assert all(choice.error is None for choice in choices)
-    return [choice.token_id for choice in choices]
+    token_ids, errors = Rows(len(logits_V), states, eos).choose(logits_V.repeat(len(states), 1))
+    assert not any(errors)
+    return token_ids
 
 
 def edited(logits: np.ndarray, params: SamplingParams, generated: Sequence[int]) -> np.ndarray:
@@ -211,6 +232,34 @@ def test_company_does_not_change_a_draw() -> None:
             assert choose(logits, *company, *states, *company)[5:-5] == alone
 
 
+def test_a_kernel_that_does_not_ask_the_host_gets_every_row() -> None:
+    """Greedy rows and rows without filters beside others, in one call: the same tokens as when they are kept apart."""
+    calls: list[int] = []
+
+    def sample(logits_RV: torch.Tensor, *limits: torch.Tensor) -> torch.Tensor:
+        assert [limit.dtype for limit in limits] == [
+            torch.float32,
+            torch.int64,
+            torch.float32,
+            torch.float32,
+            torch.float64,
+        ]
+        calls.append(len(logits_RV))
+        return top_k_top_p_sample(logits_RV, *limits)
+
+    on_device = SamplingKernels(STOCK.argmax, replace(STOCK.sample, function=sample, asks_host=False))
+    kinds: list[dict[str, Any]] = [*FILTERS, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 5}]
+    for seed in range(8):
+        states = [state_of(SamplingParams(seed=seed, **options)) for options in kinds]
+        logits_RV = random_logits(seed, VOCAB_SIZE * len(states)).view(len(states), -1)
+        found, errors = Rows(VOCAB_SIZE, states, kernels=on_device).choose(logits_RV.clone())
+        assert (found, errors) == Rows(VOCAB_SIZE, states).choose(logits_RV)
+    assert calls == [len(kinds)] * 8
+    greedy = [state_of(SamplingParams(temperature=0.0)) for _ in range(3)]
+    Rows(VOCAB_SIZE, greedy, kernels=on_device).choose(random_logits(0, 3 * VOCAB_SIZE).view(3, -1))
+    assert len(calls) == 8, "greedy rows alone need no draw"
+
+
 def test_equal_scores_are_kept_by_id() -> None:
     logits = torch.full((40,), -1.0)
     logits[[30, 10, 20, 5]] = 2.0
@@ -257,14 +306,14 @@ def test_scores_that_are_no_numbers_are_an_error(options: dict[str, Any]) -> Non
     infinite = random_logits(2)
     infinite[4] = float("inf")
     states = [state_of(SamplingParams(seed=seed, **options)) for seed in range(4)]
-    choices = Sampler((EOS,)).choose(
-        torch.stack((good, broken, torch.full_like(good, -torch.inf), infinite)), states
+    token_ids, errors = Rows(VOCAB_SIZE, states).choose(
+        torch.stack((good, broken, torch.full_like(good, -torch.inf), infinite))
     )
-    expected = choose(good, states[0])
-    assert choices[0].error is None and [choices[0].token_id] == expected
-    assert "not numbers" in (choices[1].error or "")
-    assert "no token is allowed" in (choices[2].error or "")
-    assert "not numbers" in (choices[3].error or "")
+    assert errors[0] is None and token_ids[:1] == choose(good, states[0])
+    assert all(0 <= token_id < VOCAB_SIZE for token_id in token_ids), "the next step looks these up"
+    assert "not numbers" in (errors[1] or "")
+    assert "no token is allowed" in (errors[2] or "")
+    assert "not numbers" in (errors[3] or "")
 
 
 class OnlyThese:
@@ -298,9 +347,28 @@ def test_hooks_have_the_last_word(options: dict[str, Any]) -> None:
     logits = random_logits(0, 2 * FIRST_CANDIDATES)
     bias = {1: 100.0}
     for seed in range(20):
-        bound, free = (state_of(SamplingParams(seed=seed, logit_bias=bias, **options)) for _ in range(2))
-        bound.seq_id, free.seq_id = 1, 2
-        sampler = Sampler((EOS,), [OnlyThese(1, (30, 31))])
-        constrained, other = sampler.choose(logits.repeat(2, 1), [bound, free])
-        assert constrained.token_id in (30, 31)
-        assert [other.token_id] == choose(logits, free)
+        params = SamplingParams(seed=seed, logit_bias=bias, **options)
+        bound, free = (state_of(params, seq_id=seq_id) for seq_id in (1, 2))
+        rows = Rows(len(logits), [bound, free], hooks=[OnlyThese(1, (30, 31))])
+        (constrained, other), _ = rows.choose(logits.repeat(2, 1))
+        assert constrained in (30, 31)
+        assert [other] == choose(logits, free)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_edits_go_on_with_what_was_sampled(num_rows: int) -> None:
+    """Step by step, the counts kept beside the scores give what a sequence gets that starts with all tokens known."""
+    kinds: list[dict[str, Any]] = [*EDITS, {}, {"temperature": 0.0}]
+    prompts = [tuple((7 * row + at) % 30 for at in range(5)) for row in range(num_rows)]
+    params = [SamplingParams(seed=row, **kinds[row % len(kinds)]) for row in range(num_rows)]
+    generated: list[list[int]] = [[] for _ in range(num_rows)]
+    rows = Rows(VOCAB_SIZE, [state_of(*each) for each in zip(params, generated, prompts, strict=True)])
+    for step in range(12):
+        logits_RV = torch.stack([random_logits(step, scale=1.0)] * num_rows)
+        fresh = [state_of(*each) for each in zip(params, generated, prompts, strict=True)]
+        expected, _ = Rows(VOCAB_SIZE, fresh).choose(logits_RV.clone())
+        found, _ = rows.choose(logits_RV)
+        assert found == expected
+        for tokens, token_id in zip(generated, found, strict=True):
+            tokens.append(token_id)
+    assert any(len(set(tokens)) < len(tokens) for tokens in generated), "nothing was penalised"

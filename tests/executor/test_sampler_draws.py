@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lockstep.executor.draws import uniform
+from lockstep.executor.draws import uniform, uniforms
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -31,6 +31,13 @@ def test_wraps_like_64_bit_integers(seed: int) -> None:
     for position in (0, 1, 77, 2**20):
         assert uniform(seed, position) == _reference(seed, position)
         assert 0.0 <= uniform(seed, position) < 1.0
+
+
+def test_many_at_once_are_the_same_numbers() -> None:
+    seeds = [0, 1, 2**63, 2**64 - 1, 12345, 2**64 - 12345]
+    positions = [0, 1, 2**31, 77, 2**20, 5]
+    found = uniforms(np.array(seeds, dtype=np.uint64), np.array(positions))
+    assert found.tolist() == [uniform(seed, at) for seed, at in zip(seeds, positions, strict=True)]
 
 
 def test_the_mixing_is_splitmix64() -> None:

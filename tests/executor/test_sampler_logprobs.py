@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lockstep.executor.logprobs import ROWS_AT_ONCE, prompt_logprobs, token_logprobs
+from lockstep.executor.logprobs import ROWS_AT_ONCE, score_prompt, score_tokens
+from lockstep.executor.transfers import Transfers
 
 pytestmark = pytest.mark.suite("cpu")
+
+HOST = Transfers(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +24,7 @@ def test_token_logprobs(dtype: torch.dtype) -> None:
     logits_RV = (torch.randn(4, 500, generator=generator) * 8).to(dtype)
     exact_RV = torch.nn.functional.log_softmax(logits_RV.double(), -1)
     token_ids, num_top = [0, 499, 250, int(logits_RV[3].argmax())], [0, 3, 20, 1]
-    found = token_logprobs(logits_RV, token_ids, num_top)
+    found = score_tokens(logits_RV, torch.tensor(token_ids), num_top, HOST).read()
     for row, (each, count) in enumerate(zip(found, num_top, strict=True)):
         assert each.token_id == token_ids[row]
         assert each.logprob == pytest.approx(float(exact_RV[row, token_ids[row]]), abs=2e-5)
@@ -34,7 +37,7 @@ def test_token_logprobs(dtype: torch.dtype) -> None:
 
 
 def test_huge_scores_stay_finite() -> None:
-    found = token_logprobs(torch.tensor([[1e30, 0.0, -1e30]]), [0], [1])
+    found = score_tokens(torch.tensor([[1e30, 0.0, -1e30]]), torch.tensor([0]), [1], HOST).read()
     assert found[0].logprob == 0.0 and found[0].top == ((0, 0.0),)
 
 
@@ -49,7 +52,8 @@ def test_prompt_logprobs_come_in_bounded_pieces(num_rows: int) -> None:
         sizes.append(len(rows_TD))
         return rows_TD @ head_DV
 
-    found = prompt_logprobs(hidden_TD, logits_of, next_ids, 2)
+    pieces = score_prompt(hidden_TD[:num_rows], logits_of, torch.tensor(next_ids, dtype=torch.int64), 2, HOST)
+    found = [row for piece in pieces for row in piece.read()]
     exact = torch.nn.functional.log_softmax((hidden_TD @ head_DV).double(), -1)
     assert [each.token_id for each in found] == next_ids
     assert [each.logprob for each in found] == pytest.approx(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from random import Random
 
@@ -10,8 +10,8 @@ from simulated_executor import SimulatedExecutor
 
 from lockstep.core.errors import QueueFull
 from lockstep.core.request import Pooling, Request
-from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceEvent, SequenceStart, StepPlan
+from lockstep.core.sampling import Grammar, SamplingParams
+from lockstep.core.step import SequenceEvent, SequenceStart, StepPlan, StepResult
 from lockstep.scheduler.limits import SchedulerLimits
 from lockstep.scheduler.scheduler import Scheduler
 
@@ -19,8 +19,8 @@ EOS = 7
 POOLINGS: list[Pooling] = ["mean", "last"]
 
 
-def random_limits(rng: Random) -> SchedulerLimits:
-    """Tiny pools, so that eviction and preemption are the rule."""
+def random_limits(rng: Random, *, overlap: bool = False) -> SchedulerLimits:
+    """Tiny pools, so that eviction and preemption are the rule. With `overlap` results may come a step late."""
     page_size = rng.choice([1, 2, 4])
     return SchedulerLimits(
         max_running_requests=rng.randint(1, 8),
@@ -32,6 +32,8 @@ def random_limits(rng: Random) -> SchedulerLimits:
         policy=rng.choice(["fcfs", "priority"]),
         eos_token_ids=(EOS,),
         enable_prefix_cache=rng.random() < 0.8,
+        num_host_pages=rng.choice([0, 3, 100]),
+        max_plans_in_flight=2 if overlap else 1,
     )
 
 
@@ -68,9 +70,14 @@ class RandomDriver:
         self.choices: dict[tuple[str, int], Choice] = {}
         self.plans: list[StepPlan] = []
         self.first_hits: dict[int, int] = {}
+        self._flying: deque[tuple[StepPlan, StepResult]] = deque()
         self._num_sequences = 0
         self._num_requests = 0
         self._bases = [[self.rng.randrange(8) for _ in range(160)] for _ in range(3)]
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.limits.max_plans_in_flight > 1
 
     def run(self, num_steps: int, *, keep_plans: bool = False) -> None:
         """Random traffic for that many steps, then until nothing is left; raises on the first contradiction."""
@@ -79,23 +86,34 @@ class RandomDriver:
             if step < num_steps:
                 self._traffic()
             plan = self.scheduler.plan()
-            assert (plan is not None) == self.scheduler.has_work
+            assert plan is not None or self._flying or not self.scheduler.has_work
             self.scheduler.check()
             step += 1
-            if plan is None:
-                continue
-            if keep_plans:
-                self.plans.append(plan)
-            for start in plan.started:
-                self._saw_start(start)
-            result = self.executor.run(plan)
+            if plan is not None:
+                self._submit(plan, keep_plans)
             if self.rng.random() < 0.1:
                 self._traffic()
-                self.events_seen["traffic in flight"] += 1
-            for event in self.scheduler.update(result):
-                self._saw_event(event)
-            self.scheduler.check()
+                self.events_seen["traffic in flight"] += bool(self._flying)
+            may_wait = plan is not None and not plan.must_land and self._overlaps
+            while len(self._flying) > (may_wait and self.rng.random() < 0.8):
+                self._land()
         self._check_end()
+
+    def _submit(self, plan: StepPlan, keep: bool) -> None:
+        if keep:
+            self.plans.append(plan)
+        for start in plan.started:
+            self._saw_start(start)
+        self.events_seen["planned ahead"] += bool(self._flying)
+        self._flying.append((plan, self.executor.run(plan)))
+
+    def _land(self) -> None:
+        plan, result = self._flying.popleft()
+        ended = {choice.seq_id for choice in self.choices.values() if choice.final is not None}
+        self.executor.land(plan, result, ended)
+        for event in self.scheduler.update(result):
+            self._saw_event(event)
+        self.scheduler.check()
 
     def _traffic(self) -> None:
         roll = self.rng.random()
@@ -130,6 +148,7 @@ class RandomDriver:
             max_tokens=max_tokens,
             logprobs=rng.choice([None, 1]),
             prompt_logprobs=rng.choice([None, None, 0]) if pooling is None else None,
+            grammar=Grammar("json_object") if self._overlaps and rng.random() < 0.02 else None,
         )
         longest = min(self.limits.context_length - 1, self.limits.num_pages * self.limits.page_size)
         request = Request(
@@ -248,11 +267,15 @@ class RandomDriver:
         assert stats.num_cached_tokens == sum(
             self.first_hits[choice.seq_id] for choice in firsts if choice.index == 0
         )
+        assert stats.num_discarded_rows == self.executor.num_discarded_rows
+        self.events_seen["discarded rows"] += stats.num_discarded_rows
         if not self.limits.enable_prefix_cache:
             assert stats.num_pages_cached == 0 and self.executor.num_hit_tokens == 0
         self.events_seen["preemptions"] += stats.num_preemptions
         self.events_seen["recomputed"] += self.executor.num_recomputed_sequences
         self.events_seen["hit tokens"] += self.executor.num_hit_tokens
+        assert stats.num_host_cached_tokens == self.executor.num_host_hit_tokens
+        self.events_seen["host hit tokens"] += stats.num_host_cached_tokens
         self.scheduler.flush_cache()
         self.scheduler.check()
         assert self.scheduler.stats().num_pages_cached == 0

@@ -24,13 +24,17 @@ from lockstep.scheduler.limits import SchedulerLimits
 
 @dataclass
 class LiveSequence:
-    """What the executor knows of a sequence: its start, all tokens, their prefix hashes, its page table."""
+    """What the executor knows of a sequence: its start, all tokens, their prefix hashes, its page table.
+
+    One that is `over` (it failed, or a feature allowed no token) has nothing that a next step could compute.
+    """
 
     start: SequenceStart
     token_ids: list[int]
     prefix_hashes: list[int]
     page_ids: list[int]
     num_computed: int
+    over: bool = False
 
 
 @dataclass
@@ -45,33 +49,73 @@ class SimulatedExecutor:
     error_rate: float = 0.002
     live: dict[int, LiveSequence] = field(default_factory=dict)
     offered: dict[int, list[int]] = field(default_factory=dict)
-    """All tokens ever offered, by sequence."""
+    """All tokens that ever reached the scheduler, by sequence."""
     completed: set[int] = field(default_factory=set)
     num_recomputed_sequences: int = 0
     num_hit_tokens: int = 0
+    num_host_hit_tokens: int = 0
+    num_discarded_rows: int = 0
     _slots: dict[int, list[int]] = field(default_factory=dict)
+    _host_slots: dict[int, list[int]] = field(default_factory=dict)
     _num_tables_with_page: Counter[int] = field(default_factory=Counter)
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Checks and executes one plan."""
+        """Checks and executes one plan. The scheduler may take the answer later: see `land`."""
         for seq_id in plan.ended:
             self._forget(seq_id)
+        self._copy(plan)
         for start in plan.started:
             self._enter(start)
         assert 1 <= plan.num_tokens <= self.limits.chunk_tokens
         assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices)
-        assert {piece.seq_id for piece in plan.slices} == set(self.live), "a running sequence got no row"
+        assert {piece.seq_id for piece in plan.slices} <= set(self.live)
+        assert all(self._has_all(seq_id) for seq_id in set(self.live) - {piece.seq_id for piece in plan.slices})
         assert len(self.live) <= self.limits.max_running_requests
         for piece in plan.slices:
             self._prepare(piece)
         for piece in plan.slices:
             self._write(piece)
-        return StepResult(plan.step_id, tuple(self._answer(piece) for piece in plan.slices))
+        may_speculate = self.limits.max_plans_in_flight == 1 or plan.must_land
+        rate = self.speculation_rate if may_speculate else 0.0
+        return StepResult(plan.step_id, tuple(self._answer(piece, rate) for piece in plan.slices))
+
+    def land(self, plan: StepPlan, result: StepResult, ended: set[int]) -> None:
+        """The scheduler is about to take the result; it discards what belongs to `ended` sequences."""
+        for piece, found in zip(plan.slices, result.sequences, strict=True):
+            if found.seq_id in ended:
+                self.num_discarded_rows += piece.num_tokens
+                continue
+            self.offered[found.seq_id].extend(found.token_ids)
+            if found.complete:
+                self.completed.add(found.seq_id)
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Moves the contents of pages to the host and back, in order."""
+        for copy in plan.page_copies:
+            assert 0 <= copy.host_page_id < self.limits.num_host_pages
+            if copy.to_host:
+                self._host_slots[copy.host_page_id] = list(self._slots[copy.page_id])
+            else:
+                assert not self._num_tables_with_page[copy.page_id], "a page in use is overwritten"
+                self._slots[copy.page_id] = list(self._host_slots[copy.host_page_id])
+
+    def _has_all(self, seq_id: int) -> bool:
+        """Whether a running sequence may go without a row: it has its last token, or its embedding, or is over."""
+        live = self.live[seq_id]
+        limits, start = self.limits, live.start
+        room = min(limits.context_length, limits.num_pages * limits.page_size + 1) - start.num_prompt_tokens
+        most = min(start.params.max_tokens or room, room)
+        embedded = start.pooling is not None and live.num_computed == len(live.token_ids)
+        return live.over or embedded or len(live.token_ids) - start.num_prompt_tokens >= most
 
     def _enter(self, start: SequenceStart) -> None:
         assert start.seq_id not in self.live, "a sequence started twice"
         assert 0 <= start.num_cached_tokens < len(start.token_ids), "nothing is left to compute"
-        assert len(start.page_ids) * self.limits.page_size == start.num_cached_tokens
+        on_device = len(start.page_ids) * self.limits.page_size
+        assert on_device == start.num_cached_tokens or (
+            self.limits.num_host_pages and on_device < start.num_cached_tokens
+        )
+        self.num_host_hit_tokens += start.num_cached_tokens - on_device
         generated = self.offered.setdefault(start.seq_id, [])
         assert list(start.token_ids[start.num_prompt_tokens :]) == generated, "a preemption lost tokens"
         if generated:
@@ -101,8 +145,12 @@ class SimulatedExecutor:
         stop = piece.start + piece.num_tokens
         size = self.limits.page_size
         assert piece.num_tokens >= 1 and piece.start == live.num_computed
-        assert stop <= len(live.token_ids), "a slice computes tokens that nobody knows"
         assert stop <= len(live.page_ids) * size, "a slice has no slots"
+        if live.over:
+            assert self.limits.max_plans_in_flight > 1
+            live.prefix_hashes.append(-1)
+            return
+        assert stop <= len(live.token_ids), "a slice computes tokens that nobody knows"
         assert piece.samples == (stop == len(live.token_ids) and live.start.pooling is None)
         for number, page_id in enumerate(live.page_ids):
             first = number * size
@@ -121,10 +169,11 @@ class SimulatedExecutor:
             assert self._num_tables_with_page[page_id] == 1, f"{piece} writes to shared page {page_id}"
             self._slots.setdefault(page_id, [-1] * size)[position % size] = live.prefix_hashes[position]
 
-    def _answer(self, piece: TokenSlice) -> SequenceResult:
+    def _answer(self, piece: TokenSlice, speculation_rate: float) -> SequenceResult:
         live = self.live[piece.seq_id]
         rng, params = self.rng, live.start.params
-        if rng.random() < self.error_rate:
+        if live.over or rng.random() < self.error_rate:
+            live.over = True
             return SequenceResult(piece.seq_id, error="numbers went bad")
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         if params.prompt_logprobs is not None:
@@ -136,12 +185,10 @@ class SimulatedExecutor:
             return SequenceResult(
                 piece.seq_id, prompt_logprobs=prompt_logprobs, embedding=(1.0, 2.0) if embeds else None
             )
-        count = rng.randint(2, 4) if rng.random() < self.speculation_rate else 1
+        count = rng.randint(2, 4) if rng.random() < speculation_rate else 1
         complete = rng.random() < self.complete_rate
         token_ids = tuple(rng.randrange(self.vocab_size) for _ in range(count - (complete and count == 1)))
-        if complete:
-            self.completed.add(piece.seq_id)
-        self.offered[piece.seq_id].extend(token_ids)
+        live.over = not token_ids
         self._learn(live, token_ids)
         logprobs = tuple(TokenLogprob(token_id, -1.0) for token_id in token_ids)
         return SequenceResult(

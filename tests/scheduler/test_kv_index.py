@@ -92,7 +92,7 @@ def test_tree_forgets_stale_eviction_entries() -> None:
     for _ in range(1000):
         tree.lock(node)
         tree.unlock(node)
-    assert len(tree._leaves) < 50
+    assert len(tree.device.heap) < 50
     assert tree.check({}) == [0, 1]
 
 
@@ -301,10 +301,10 @@ CORRUPTIONS: dict[str, Callable[[PageIndex, PageTable], object]] = {
     "lock missing": lambda index, table: index._tree.unlock(table.node),
     "lock on the wrong node": lambda index, table: setattr(table, "node", table.node.parent),
     "table forgotten": lambda index, table: index._tables.clear(),
-    "locked page evicted": lambda index, table: index._tree._remove(table.node),
-    "evictable pages miscounted": lambda index, table: setattr(index._tree, "num_evictable_pages", 3),
-    "cached pages miscounted": lambda index, table: setattr(index._tree, "num_pages", 3),
-    "leaf not on offer": lambda index, table: index._tree._leaves.clear(),
+    "locked page evicted": lambda index, table: index._tree._trim(table.node, 0),
+    "evictable pages miscounted": lambda index, table: setattr(index._tree.device, "num_evictable_pages", 3),
+    "cached pages miscounted": lambda index, table: setattr(index._tree.device, "num_pages", 3),
+    "leaf not on offer": lambda index, table: index._tree.device.heap.clear(),
     "edge with a partial page": lambda index, table: setattr(
         table.node, "token_ids", table.node.token_ids[:-1]
     ),

@@ -10,7 +10,7 @@ import pytest
 from lockstep.core.errors import ConfigError, IntegrityError, InvalidRequest, QueueFull
 from lockstep.core.output import EngineStats
 from lockstep.core.request import Request
-from lockstep.core.sampling import SamplingParams
+from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.core.step import SequenceEvent, SequenceResult, StepPlan, StepResult, TokenLogprob
 from lockstep.scheduler.limits import SchedulerLimits
 from lockstep.scheduler.scheduler import Scheduler
@@ -373,6 +373,102 @@ def test_embedding_needs_no_sample() -> None:
     assert rows(plan) == [(0, 4, 2, False)]
     assert events == [SequenceEvent("a", 0, embedding=(0.5, 0.25), finish_reason="stop")]
     assert not scheduler.has_work
+
+
+# -- results that come a step late
+
+
+def _ahead(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.check()
+    return plan
+
+
+def test_a_sequence_is_planned_again_before_its_token_is_known() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(10), max_tokens=3))
+    first, second = _ahead(scheduler), _ahead(scheduler)
+    assert rows(first) == [(0, 0, 10, True)] and rows(second) == [(0, 10, 1, True)]
+    with pytest.raises(IntegrityError, match="step 1 is in flight"):
+        scheduler.plan()
+    assert scheduler.update(answer(first)) == [SequenceEvent("a", 0, (PLAIN,))]
+    third = _ahead(scheduler)
+    assert rows(third) == [(0, 11, 1, True)]
+    assert len(scheduler.update(answer(second))) == 1
+    assert scheduler.plan() is None and scheduler.has_work, "three tokens were asked for, three are coming"
+    assert scheduler.update(answer(third))[0].finish_reason == "length"
+    assert not scheduler.has_work and scheduler.stats().num_discarded_rows == 0
+
+
+def test_the_row_after_an_end_is_discarded() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(11)))
+    scheduler.add(request("b", range(20, 25)))
+    first, second = _ahead(scheduler), _ahead(scheduler)
+    events = scheduler.update(answer(first, {0: SequenceResult(0, (EOS,))}))
+    assert [event.finish_reason for event in events] == ["stop", None]
+    stats = scheduler.stats()
+    assert (stats.num_pages_in_use, stats.num_pages_cached) == (2, 2), "its pages are free or cached at once"
+    third = _ahead(scheduler)
+    assert third.ended == (0,) and rows(third) == [(1, 6, 1, True)]
+    assert [event.request_id for event in scheduler.update(answer(second))] == ["b"]
+    assert scheduler.stats().num_discarded_rows == 1 and scheduler.stats().num_output_tokens == 3
+
+
+def test_what_may_follow_a_grammars_token_is_decided_on_the_host() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2, chunk_tokens=4))
+    scheduler.add(request("a", range(6), grammar=Grammar("json_object")))
+    first, second = _ahead(scheduler), _ahead(scheduler)
+    assert (first.must_land, second.must_land) == (False, True), "the first chunk of a prompt samples nothing"
+    scheduler.update(answer(first))
+    with pytest.raises(IntegrityError, match="step 1 is in flight"):
+        scheduler.plan()
+    scheduler.update(answer(second))
+    assert rows(_ahead(scheduler)) == [(0, 6, 1, True)]
+
+
+def test_one_that_is_preempted_gets_the_token_in_flight() -> None:
+    """It waits for it, and starts again with it."""
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(6)))
+    first = _ahead(scheduler)
+    scheduler._roster.preempt_worst()
+    scheduler.check()
+    assert scheduler.plan() is None, "a token of it is on its way"
+    assert scheduler.update(answer(first)) == [SequenceEvent("a", 0, (PLAIN,))]
+    again = _ahead(scheduler)
+    assert again.started[0].token_ids == (*range(6), PLAIN) and again.ended == (0,)
+    # Nothing of the first step had landed when its pages were given up, so nothing was cached.
+    assert rows(again) == [(0, 0, 7, True)]
+
+
+def test_one_that_is_preempted_may_end_with_the_token_in_flight() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(6)))
+    first = _ahead(scheduler)
+    scheduler._roster.preempt_worst()
+    (event,) = scheduler.update(answer(first, {0: SequenceResult(0, (EOS,))}))
+    assert event.finish_reason == "stop" and not scheduler.has_work
+    assert scheduler.stats().num_pages_in_use == 0
+
+
+def test_an_embedding_is_asked_for_once() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(6), pooling="last"))
+    first = _ahead(scheduler)
+    assert scheduler.plan() is None
+    (event,) = scheduler.update(answer(first, {0: SequenceResult(0, embedding=(1.0,))}))
+    assert event.finish_reason == "stop" and not scheduler.has_work
+
+
+def test_several_tokens_at_once_fit_no_plan_that_counts_on_one() -> None:
+    scheduler = Scheduler(limits(max_plans_in_flight=2))
+    scheduler.add(request("a", range(6)))
+    first = _ahead(scheduler)
+    _ahead(scheduler)
+    with pytest.raises(IntegrityError, match="2 tokens, but a later plan in flight counts on one"):
+        scheduler.update(answer(first, {0: SequenceResult(0, (1, 2))}))
 
 
 # -- aborts

@@ -25,6 +25,7 @@ from lockstep.core.step import SequenceResult, StepPlan, StepResult
 from lockstep.kv.index.page_index import PageIndex
 from lockstep.kv.index.radix_tree import RadixTree
 from lockstep.scheduler.limits import SchedulerLimits
+from lockstep.scheduler.roster import Roster
 from lockstep.scheduler.scheduler import Scheduler
 from lockstep.scheduler.sequence import Sequence
 
@@ -38,6 +39,7 @@ MUST_HAPPEN = (
     "dropped tokens",
     "error",
     "hit tokens",
+    "host hit tokens",
     "length",
     "news",
     "preemptions",
@@ -48,12 +50,12 @@ MUST_HAPPEN = (
 )
 
 
-def run_episodes(num_steps: int, first_seed: int = 0) -> Counter[str]:
+def run_episodes(num_steps: int, first_seed: int = 0, *, overlap: bool = False) -> Counter[str]:
     """Episodes of fresh limits and traffic, a seed each. Returns how often each thing happened."""
     seen: Counter[str] = Counter()
     for seed in range(first_seed, first_seed + -(-num_steps // STEPS_PER_EPISODE)):
         rng = Random(seed)
-        driver = RandomDriver(random_limits(rng), rng, seen)
+        driver = RandomDriver(random_limits(rng, overlap=overlap), rng, seen)
         try:
             driver.run(STEPS_PER_EPISODE)
         except Exception:
@@ -62,23 +64,27 @@ def run_episodes(num_steps: int, first_seed: int = 0) -> Counter[str]:
     return seen
 
 
-def test_random_traffic() -> None:
-    seen = run_episodes(NUM_STEPS)
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapped"])
+def test_random_traffic(overlap: bool) -> None:
+    seen = run_episodes(NUM_STEPS, overlap=overlap)
     print(dict(seen))
     for event in MUST_HAPPEN:
-        assert seen[event] >= 20, f"{event} hardly happened: {seen}"
+        if event != "dropped tokens" or not overlap:
+            assert seen[event] >= 20, f"{event} hardly happened: {seen}"
+    assert (seen["planned ahead"] > NUM_STEPS / 4) == overlap
 
 
-def _plans(seed: int) -> list[StepPlan]:
+def _plans(seed: int, overlap: bool = False) -> list[StepPlan]:
     rng = Random(seed)
-    driver = RandomDriver(random_limits(rng), rng)
+    driver = RandomDriver(random_limits(rng, overlap=overlap), rng)
     driver.run(150, keep_plans=True)
     return driver.plans
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_same_calls_give_equal_plans(seed: int) -> None:
-    first, second = _plans(seed), _plans(seed)
+def test_same_calls_give_equal_plans(seed: int, overlap: bool) -> None:
+    first, second = _plans(seed, overlap), _plans(seed, overlap)
     assert len(first) > 100
     assert first == second
 
@@ -88,7 +94,7 @@ def test_plans_do_not_depend_on_the_hash_seed() -> None:
     code = (
         f"import hashlib, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_scheduler_random import _plans\n"
-        "text = repr([_plans(seed) for seed in range(6)])\n"
+        "text = repr([_plans(seed, seed % 2 == 1) for seed in range(6)])\n"
         "print(len(text), hashlib.sha256(text.encode()).hexdigest())"
     )
     found = [
@@ -161,6 +167,27 @@ def _ignore_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sequence, "may_read_cache", True)
 
 
+def _plan_past_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence whose last token is in flight is planned again."""
+    monkeypatch.setattr(Sequence, "awaits_end", False)
+
+
+def _forget_what_a_preempted_one_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preemption drops the tokens in flight."""
+    preempt = Roster.preempt_worst
+
+    def mutant(self: Roster) -> None:
+        self.running[-1].num_awaited = 0
+        preempt(self)
+
+    monkeypatch.setattr(Roster, "preempt_worst", mutant)
+
+
+LATE_MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    _plan_past_the_end,
+    _forget_what_a_preempted_one_sampled,
+]
+
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _never_lock,
     _share_partial_pages,
@@ -172,15 +199,23 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
 ]
 
 
-@pytest.mark.parametrize("mutate", MUTANTS)
+# Ahead of its results, a scheduler may share the page that is being filled: the step in flight fills it before
+# anybody can read it.
+OVERLAPPED_MUTANTS = [mutate for mutate in [*MUTANTS, *LATE_MUTANTS] if mutate is not _share_partial_pages]
+
+
+@pytest.mark.parametrize(
+    ("mutate", "overlap"),
+    [*((mutate, False) for mutate in MUTANTS), *((mutate, True) for mutate in OVERLAPPED_MUTANTS)],
+)
 def test_random_traffic_notices(
-    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    mutate: Callable[[pytest.MonkeyPatch], None], overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The self-check is off here: the executor's view alone must tell (leaks show in the final figures)."""
     mutate(monkeypatch)
     monkeypatch.setattr(Scheduler, "check", lambda self: None)
     with pytest.raises((AssertionError, IntegrityError)):
-        run_episodes(NUM_STEPS)
+        run_episodes(NUM_STEPS, overlap=overlap)
 
 
 def test_host_cost_of_256_decoding_sequences() -> None:
@@ -226,9 +261,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Random traffic with the integrity check after each step.")
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first episode")
+    parser.add_argument("--overlap", action="store_true", help="results may come a step late")
     options = parser.parse_args()
     started_s = time.perf_counter()
-    seen = run_episodes(options.steps, options.seed)
+    seen = run_episodes(options.steps, options.seed, overlap=options.overlap)
     print(f"{options.steps} steps in {time.perf_counter() - started_s:.0f} s, nothing wrong: {dict(seen)}")
 
 

@@ -1,4 +1,8 @@
-"""What a client of the engine receives."""
+"""What a client of the engine receives.
+
+What there is one of for each request and step is not frozen, which would take four times as long to make; nobody
+writes to it once it was handed on.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from lockstep.core.request import FinishReason
 from lockstep.core.step import TokenLogprob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionDelta:
     """New text and tokens of one choice since the last output.
 
@@ -26,7 +30,7 @@ class CompletionDelta:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RequestOutput:
     """News of one request. Token counts are totals so far; `num_output_tokens` adds all choices."""
 
@@ -84,19 +88,26 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine. Counters only grow while the engine process lives."""
+    """A snapshot of the engine. Counters only grow while the engine process lives.
+
+    `num_discarded_rows` were computed for sequences that had ended before their step's result came.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     num_pages_total: int = 0
     num_pages_in_use: int = 0
     num_pages_cached: int = 0
+    num_host_pages_total: int = 0
+    num_host_pages_cached: int = 0
     page_size: int = 0
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_host_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_discarded_rows: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     last_step_s: float = 0.0

@@ -2,11 +2,18 @@
 
 There is no prefill phase and no decode phase, only tokens still owed. A step computes some owed tokens of some
 sequences; a sequence whose last known token is computed yields at least one new token.
+
+A plan may be made before the result of the one before it is there. The token that a step in flight will find is owed
+like any other: only the executor has it when the next step begins, the scheduler learns it later.
+
+What there is one of for each sequence and step is not frozen, which would take four times as long to make; nobody
+writes to it once it was handed on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from lockstep.core.request import FinishReason, Pooling
 from lockstep.core.sampling import SamplingParams
@@ -17,7 +24,8 @@ class SequenceStart:
     """A sequence enters the executor (first time, or again after preemption).
 
     `token_ids` are all known tokens: prompt, then what was generated before a preemption. The first
-    `num_cached_tokens` already have KV in `page_ids` (whole pages, shared, never written).
+    `num_cached_tokens` already have KV in `page_ids` (whole pages, shared, never written); where those are fewer, the
+    first of the slice's new pages get the rest by the plan's page copies.
     """
 
     seq_id: int
@@ -29,12 +37,13 @@ class SequenceStart:
     pooling: Pooling | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenSlice:
     """Tokens [start, start + num_tokens) of one sequence, computed in this step.
 
     `new_page_ids` are appended to the sequence's page table before the step. `samples` is true when this
-    slice reaches the last known token, so that its last row decides the next one.
+    slice reaches the last token, so that its last row decides the next one. The last token itself may have been
+    sampled by the step before, and then be known to the executor alone.
     """
 
     seq_id: int
@@ -45,17 +54,31 @@ class TokenSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class PageCopy:
+    """What a page of the device holds, copied to a page of the host, or back."""
+
+    page_id: int
+    host_page_id: int
+    to_host: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One forward of the engine. `ended` sequences (finished, aborted, preempted) leave before it runs.
 
+    `page_copies` are made before it too, as if one after the other: a page may be copied from and then to.
+
     A slice is one kind of work; diffusion stages will be another field here, so a scheduler budget counts
-    work, not tokens alone.
+    work, not tokens alone. `must_land`: what may follow a token of this step is decided on the host (a grammar), so no
+    plan may be made before its result was taken.
     """
 
     step_id: int
     started: tuple[SequenceStart, ...] = ()
     ended: tuple[int, ...] = ()
     slices: tuple[TokenSlice, ...] = ()
+    must_land: bool = False
+    page_copies: tuple[PageCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +95,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceResult:
     """What one step found for one sequence.
 
@@ -99,7 +122,33 @@ class StepResult:
     sequences: tuple[SequenceResult, ...] = ()
 
 
+class Pending(Protocol):
+    """A step that was submitted."""
+
+    def result(self) -> StepResult:
+        """Waits until this step, and no later one, has run. Raises what went wrong on the device. Called once."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
+class Landed:
+    """A step that had run when its submission returned."""
+
+    answer: StepResult
+
+    def result(self) -> StepResult:
+        return self.answer
+
+
+class Executor(Protocol):
+    """Whoever computes plans: a model, or the null platform's counter."""
+
+    def submit(self, plan: StepPlan) -> Pending:
+        """Has everything of the plan under way when it returns, and waits for nothing. Steps run one after another."""
+        ...
+
+
+@dataclass(slots=True)
 class SequenceEvent:
     """What the scheduler tells the outside about one choice (`index` of 0..n-1) of a request after a step."""
 

@@ -13,9 +13,10 @@ from lockstep.core.output import ModelCard
 from lockstep.core.probe import Probe
 from lockstep.engine.build import BuiltRank, Progress, build_rank
 from lockstep.engine.loop import EngineLoop
-from lockstep.engine.model_files import open_files, open_tokenizer
+from lockstep.engine.model_files import open_tokenizer
 from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
+from lockstep.formats import ModelFiles
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.processes import connect
 from lockstep.platforms.registry import load_platform
@@ -49,9 +50,7 @@ class Engine:
     ) -> None:
         self.opened: OpenedModel = open_for_running(options)
         config = self.opened.config
-        self.tokenizer: Tokenizer = open_tokenizer(
-            self.opened.files, config.model.tokenizer, config.model.chat_template
-        )
+        self.tokenizer: Tokenizer = _tokenizer(self.opened.files, config)
         self._own_dir: TemporaryDirectory[str] | None = None
         self._ranks: Ranks | None = None
         try:
@@ -110,13 +109,17 @@ class Engine:
 
 def assemble_rank(config: EngineConfig, *, rank: int, store: Path) -> AssembledRank:
     """A further rank under the first rank's configuration."""
-    files = open_files(config.model.model, config.model.revision)
     platform = load_platform(config.device.device)
-    opened = reopen(files, platform, config)
-    tokenizer = open_tokenizer(files, config.model.tokenizer, config.model.chat_template)
+    opened = reopen(platform, config)
+    tokenizer = _tokenizer(opened.files, config)
     # When the first rank is gone, the lifeline ends this one.
     mesh = _connect(opened, rank, store, lambda: None)
     return AssembledRank(_build(opened, tokenizer, mesh, None, None), opened.card)
+
+
+def _tokenizer(files: ModelFiles, config: EngineConfig) -> Tokenizer:
+    model = config.model
+    return open_tokenizer(files, model.tokenizer, model.chat_template, skip=model.skip_tokenizer_init)
 
 
 def _connect(opened: OpenedModel, rank: int, store: Path | None, check_peers: Callable[[], None]) -> Mesh:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from lockstep.engine.loading import bind_attention, bind_sampling, bind_whole, new_build
+from lockstep.engine.loading import bind_model, new_build
 from lockstep.engine.opening import open_for_running
 from lockstep.models.loading.sources import ShapeWeights
 from lockstep.models.loading.weights import FileWeights
-from lockstep.models.registry import model_class
-from lockstep.ops.selection import Binding
+from lockstep.ops.selection import Binding, passed_over
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
 
@@ -20,6 +18,8 @@ from lockstep.platforms.registry import load_platform
 def explain_bindings(options: Mapping[str, Any]) -> tuple[Binding, ...]:
     """Every call site of the first rank with its kernel, and why; no weight is read and nothing is computed.
 
+    `refused` has every other kernel of the operator, not only the better-placed ones; nothing where the kernel of a
+    larger operator computes the call site.
     The model is built from shapes with the selector that a real build on the same device has. `options` are those of
     the engine. Raises what opening or building the model would: KernelError for a refused fallback, ConfigError...
     """
@@ -29,11 +29,9 @@ def explain_bindings(options: Mapping[str, Any]) -> tuple[Binding, ...]:
     mesh = Mesh.shapes_only(config.parallel.mesh_sizes, rank=0)
     weights = ShapeWeights(FileWeights(opened.files))
     build = new_build(config, load_platform("null").device(), mesh, weights, opened.platform)
-    whole = bind_whole(build, opened.facts, settings)
-    with torch.inference_mode():
-        model_class(settings).make(build, settings)
-    bind_sampling(build, opened.facts.vocab_size)
-    if whole is not None:
-        return tuple(build.kernels.bindings)
-    _, attends = bind_attention(config, opened.platform, build)
-    return (*build.kernels.bindings, *attends)
+    bindings = bind_model(build, opened.facts, settings, config, opened.platform).bindings
+    capabilities = opened.platform.capabilities()
+    return tuple(
+        replace(binding, refused=passed_over(binding, capabilities)) if binding.signature else binding
+        for binding in bindings
+    )

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from lockstep.config import EngineConfig, ModelFacts
 from lockstep.core.probe import Probe
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
+from lockstep.core.step import Executor, SequenceStart, StepPlan, TokenSlice
 from lockstep.engine.core import EngineCore
-from lockstep.engine.loading import LoadedModel, load_model
+from lockstep.engine.loading import load_model
 from lockstep.engine.runners import Runners
-from lockstep.executor.memory import MemoryLine, pages_that_fit
+from lockstep.engine.sizing import Sizing
+from lockstep.engine.weights import open_weights
+from lockstep.executor.memory import MemoryLine
 from lockstep.executor.null import NullExecutor
-from lockstep.executor.runner import Executor, ModelRunner
+from lockstep.executor.page_copies import CopyingExecutor
+from lockstep.executor.runner import ModelRunner
 from lockstep.features.grammar import GrammarCompiler
 from lockstep.features.structured import StructuredOutput
 from lockstep.formats import ModelFiles
 from lockstep.kv.pool.pool import KVPool
-from lockstep.layers.build import Build
 from lockstep.models.loading.sources import StoredWeights
-from lockstep.models.loading.weights import FileWeights
 from lockstep.ops.selection import Binding
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform
@@ -42,7 +41,19 @@ class BuiltRank:
     core: EngineCore
     num_pages: int
     bindings: tuple[Binding, ...]
-    memory: tuple[MemoryLine, ...]
+    sizing: Sizing | None = None
+    pool: KVPool | None = None
+
+    def memory_lines(self, *, measure: bool = False) -> tuple[MemoryLine, ...]:
+        """Where this rank's memory goes; none on a platform that computes nothing.
+
+        With `measure`, the largest steps are run if building had no need to: nothing else may run meanwhile.
+        """
+        if self.sizing is None or self.pool is None:
+            return ()
+        if measure:
+            self.sizing.measure()
+        return self.sizing.lines(self.pool)
 
 
 def build_rank(
@@ -67,53 +78,41 @@ def build_rank(
         core = EngineCore(
             _scheduler(files, config, _num_pages_configured(config)), NullExecutor(facts.vocab_size)
         )
-        return BuiltRank(core, _num_pages_configured(config), (), ())
-    stored = StoredWeights(FileWeights(files))
-    loaded = load_model(
-        facts,
-        files.config,
-        config,
-        platform,
-        mesh,
-        stored,
-        probe=probe,
-        on_weight=_counter(len(files.tensors), progress),
-    )
-    if mesh.everyone.rank == 0:
-        # Some weights belong to the first rank alone, such as the bias of a product whose terms are summed.
-        stored.require_all_used(but=loaded.build.left_to_others)
+        return BuiltRank(core, _num_pages_configured(config), ())
+    before = platform.memory(mesh.everyone.rank)
+    with open_weights(files, config, platform, mesh.everyone.rank) as weights:
+        loaded = load_model(
+            facts,
+            files.config,
+            config,
+            platform,
+            mesh,
+            weights,
+            probe=probe,
+            on_weight=_counter(len(files.tensors), progress),
+        )
+        if mesh.everyone.rank == 0 and isinstance(weights, StoredWeights):
+            # Some weights belong to the first rank alone, such as the bias of a product whose terms are summed.
+            weights.require_all_used(but=loaded.build.left_to_others)
     runners = Runners(loaded, config, platform, mesh, files.eos_token_ids, probe)
+    sizing = Sizing(facts, config, platform, mesh, loaded, runners, before)
     if config.cache.max_total_tokens is None:
-        num_pages = _measure_pages(config, platform, mesh, loaded.build, runners.trial)
+        num_pages = sizing.num_pages()
     else:
         num_pages = _num_pages_configured(config)
     runner, pool = runners.serving(num_pages, (StructuredOutput(GrammarCompiler(tokenizer)),))
     if check:
         first_step(runner, num_tokens=2, page_size=config.cache.page_size)
-    core = EngineCore(_scheduler(files, config, num_pages), runner)
-    return BuiltRank(
-        core, num_pages, loaded.bindings, _memory_lines(config, platform, loaded, pool, runners.no_graphs)
-    )
+    executor: Executor = runner
+    num_host_pages = sizing.num_host_pages()
+    if num_host_pages:
+        executor = CopyingExecutor(runner, runners.host_pool(pool, num_host_pages))
+    platform.settle()
+    core = EngineCore(_scheduler(files, config, num_pages, num_host_pages), executor)
+    return BuiltRank(core, num_pages, loaded.bindings, sizing, pool)
 
 
-def _memory_lines(
-    config: EngineConfig, platform: Platform, loaded: LoadedModel, pool: KVPool, no_graphs: str | None
-) -> tuple[MemoryLine, ...]:
-    filling = ", taken as it fills" if platform.gives_memory_on_write else ""
-    pages = f"{pool.num_pages} pages of {pool.page_size} tokens, {config.cache.kv_cache_dtype}{filling}"
-    held = {"none": config.model.dtype, "stored": "as stored"}.get(
-        config.model.quantization, config.model.quantization
-    )
-    lines = [
-        MemoryLine("weights", loaded.build.weight_bytes, f"{held}, this rank's part"),
-        MemoryLine("KV pool", pool.total_bytes, pages),
-    ]
-    if no_graphs and config.kernels.graphs != "off":
-        lines.append(MemoryLine("graphs", 0, f"none: {no_graphs}"))
-    return tuple(lines)
-
-
-def first_step(executor: Executor, *, num_tokens: int, page_size: int) -> None:
+def first_step(executor: ModelRunner, *, num_tokens: int, page_size: int) -> None:
     """One prompt of `num_tokens` zeros through every layer, then gone. Its pages are overwritten by real ones."""
     params = SamplingParams(temperature=0.0)
     pages = tuple(range(num_tokens // page_size + 1))
@@ -123,43 +122,12 @@ def first_step(executor: Executor, *, num_tokens: int, page_size: int) -> None:
     executor.execute(StepPlan(-1, (), (-1,), ()))
 
 
-def _measure_pages(
-    config: EngineConfig,
-    platform: Platform,
-    mesh: Mesh,
-    build: Build,
-    runner_with: Callable[[int], ModelRunner],
-) -> int:
-    """Pages that fit beside the weights and the workspace of the largest step, the same on every rank."""
-    page_size, chunk = config.cache.page_size, config.scheduler.chunked_prefill_size
-    trial_tokens = min(chunk, config.model.context_length - 1)
-    trial_pages = trial_tokens // page_size + 1
-    before = platform.memory(mesh.everyone.rank)
-    runner = runner_with(trial_pages)
-    first_step(runner, num_tokens=trial_tokens, page_size=page_size)
-    platform.synchronize()
-    peak_bytes = before.available_bytes - platform.memory(mesh.everyone.rank).available_bytes
-    page_bytes = sum(shape.bytes_per_token(build.kv_dtype) for shape in build.kv_layers) * page_size
-    workspace_bytes = max(0, peak_bytes - page_bytes * trial_pages)
-    del runner
-    num_pages = pages_that_fit(
-        free_bytes=before.available_bytes,
-        total_bytes=before.total_bytes,
-        fraction=config.cache.mem_fraction_static,
-        workspace_bytes=workspace_bytes,
-        page_bytes=page_bytes,
-        min_pages=-(-256 // page_size),
-    )
-    counts = mesh.everyone.all_gather(torch.tensor([num_pages], device=build.device), 0)
-    return int(counts.min())
-
-
 def _num_pages_configured(config: EngineConfig) -> int:
     tokens = config.cache.max_total_tokens or config.model.context_length
     return max(1, tokens // config.cache.page_size)
 
 
-def _scheduler(files: ModelFiles, config: EngineConfig, num_pages: int) -> Scheduler:
+def _scheduler(files: ModelFiles, config: EngineConfig, num_pages: int, num_host_pages: int = 0) -> Scheduler:
     return Scheduler(
         SchedulerLimits(
             max_running_requests=config.scheduler.max_running_requests,
@@ -168,9 +136,11 @@ def _scheduler(files: ModelFiles, config: EngineConfig, num_pages: int) -> Sched
             context_length=config.model.context_length,
             page_size=config.cache.page_size,
             num_pages=num_pages,
+            num_host_pages=num_host_pages,
             policy="priority" if config.scheduler.schedule_policy == "priority" else "fcfs",
             eos_token_ids=files.eos_token_ids,
             enable_prefix_cache=not config.cache.disable_radix_cache,
+            max_plans_in_flight=2 if config.scheduler.overlap == "on" else 1,
         )
     )
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import zlib
+from array import array
+from collections import deque
 from collections.abc import Sequence
 
 from lockstep.core.errors import IntegrityError, InvalidRequest, LockstepError, QueueFull
-from lockstep.core.step import SequenceEvent, StepResult
+from lockstep.core.step import Executor, Pending, SequenceEvent, StepResult
 from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Shutdown, StepInputs, Submit
-from lockstep.executor.runner import Executor
 from lockstep.scheduler.scheduler import Scheduler
 
 
 class EngineCore:
     """Follows a stream of StepInputs. Two cores given the same stream do the same; each can prove it.
 
-    `digest` is a running checksum of every token chosen so far. A rank whose digest differs from the one in the
-    stream has diverged from the first rank and stops with IntegrityError.
+    Where the scheduler may have several plans in flight, the next step is planned and submitted before the result of
+    the last one is taken, so that the device never waits for the host. Which results are taken when depends on the
+    stream alone. `digest` is a running checksum of every token in a result so far. A rank whose digest differs from
+    the one in the stream has diverged from the first rank and stops with IntegrityError.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.digest = 0
+        self._pending: deque[Pending] = deque()
 
     def apply(
         self, commands: Sequence[Submit | Abort | FlushCache | Shutdown]
@@ -43,13 +47,20 @@ class EngineCore:
         return events, answers
 
     def step(self) -> list[SequenceEvent]:
-        """Plan, execute, update, once. Empty when there was nothing to do."""
+        """Plans and submits a step, then takes the results that no longer may wait. Empty when there is no news.
+
+        Raises what went wrong in a step whose result was taken, which may be one that was submitted earlier.
+        """
         plan = self.scheduler.plan()
-        if plan is None:
-            return []
-        result = self.executor.execute(plan)
-        self.digest = _extend(self.digest, result)
-        return self.scheduler.update(result)
+        if plan is not None:
+            self._pending.append(self.executor.submit(plan))
+        ahead = 0 if plan is None or plan.must_land else self.scheduler.limits.max_plans_in_flight - 1
+        events: list[SequenceEvent] = []
+        while len(self._pending) > ahead:
+            result = self._pending.popleft().result()
+            self.digest = _extend(self.digest, result)
+            events += self.scheduler.update(result)
+        return events
 
     def follow(self, inputs: StepInputs) -> None:
         """One step of a further rank. Raises IntegrityError when it no longer agrees with the first."""
@@ -75,7 +86,5 @@ def reject(request_id: str, error: LockstepError) -> Rejected:
 
 
 def _extend(digest: int, result: StepResult) -> int:
-    for sequence in result.sequences:
-        for token_id in sequence.token_ids:
-            digest = zlib.crc32(token_id.to_bytes(4, "little"), digest)
-    return digest
+    token_ids = array("I", [token_id for found in result.sequences for token_id in found.token_ids])
+    return zlib.crc32(token_ids, digest)

@@ -11,6 +11,7 @@ import zmq
 
 from lockstep.config import Given
 from lockstep.core.errors import LockstepError
+from lockstep.core.garbage import start_without_collecting
 from lockstep.engine.messages import (
     AskStats,
     Command,
@@ -25,6 +26,7 @@ from lockstep.engine.messages import (
     decode_command,
     encode,
 )
+from lockstep.engine.model_files import read_ahead_weights
 from lockstep.engine.ranks import follow_lifeline
 
 IDLE_POLL_S = 0.5
@@ -76,10 +78,13 @@ class _Channel:
 
 
 def _run(spec: EngineSpec, run_dir: Path, channel: _Channel) -> None:
-    from lockstep.engine.assembly import Engine
-
     options = {name: Given(_plain(value), source) for name, (value, source) in spec.options.items()}
-    engine = Engine(options, run_dir=run_dir, progress=_Throttled(channel))
+    read_ahead_weights(options)
+
+    with start_without_collecting():
+        from lockstep.engine.assembly import Engine
+
+        engine = Engine(options, run_dir=run_dir, progress=_Throttled(channel))
     try:
         decisions = [
             {"name": made.name, "value": made.value, "source": made.source, "why": made.why}

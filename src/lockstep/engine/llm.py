@@ -22,6 +22,7 @@ from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import TokenLogprob
 from lockstep.engine.assembly import Engine
 from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Submit
+from lockstep.engine.model_files import read_ahead_weights
 from lockstep.engine.output import OutputProcessor
 from lockstep.engine.rejection import rejection
 from lockstep.executor.memory import MemoryLine
@@ -99,6 +100,7 @@ class LLM:
     ) -> None:
         named = {**(options or {}), **keywords}
         given = gather(named if model is None else {**named, "model": model}, allowed=ENGINE_OPTIONS)
+        read_ahead_weights(given)
         report = (
             (lambda done, total: progress("Loading weights", done, total)) if progress is not None else None
         )
@@ -200,9 +202,10 @@ class LLM:
         with self._lock:
             return sum(reply.count for reply in self._step([FlushCache(0)]))
 
-    def memory_report(self) -> list[MemoryLine]:
-        """Where the memory of the first rank goes."""
-        return list(self._engine.rank.memory)
+    def memory_report(self, *, measure: bool = False) -> list[MemoryLine]:
+        """Where the memory of the first rank goes. With `measure`, the largest steps are run if they were not yet."""
+        with self._lock:
+            return list(self._engine.rank.memory_lines(measure=measure))
 
     def kernel_report(self) -> list[Binding]:
         """Which kernel serves each call site, and why."""
@@ -242,6 +245,8 @@ class LLM:
         )
         self._require_token_ids(request.prompt_token_ids, "prompt")
         self._require_token_ids(request.params.logit_bias, "logit_bias")
+        if request.params.stop:
+            self.tokenizer.require_text("a stop string")
         if request.params.grammar is not None:
             self._grammars.validate(request.params.grammar)
         validate(request, self._engine.loop.core.scheduler.limits)
@@ -253,17 +258,17 @@ class LLM:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise InvalidRequest(f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param=param)
 
-    def _submit(self, requests: Sequence[Request]) -> None:
+    def _submit(self, requests: Sequence[Request], *, at_once: bool = False) -> None:
         with self._lock:
             self._require_alive()
             for request in requests:
-                self._processor.add(request)
+                self._processor.add(request, at_once=at_once)
                 self._inboxes[request.request_id] = deque()
                 self._commands.append(Submit(request))
 
     def _complete(self, requests: Sequence[Request], collect: Callable[[Request, _Outputs], _T]) -> list[_T]:
         """Submits everything before the first step, so that the requests share steps; waits for all."""
-        self._submit(requests)
+        self._submit(requests, at_once=True)
         try:
             return [collect(request, self._follow(request)) for request in requests]
         finally:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lockstep.attention.backend import AttentionBackend
-from lockstep.attention.choice import choose_backend
+from lockstep.attention.choice import attention_inside, check_backend, choose_backend
 from lockstep.attention.span_backend import SpanBackend
 from lockstep.config import EngineConfig, ModelFacts
 from lockstep.core.probe import Probe
 from lockstep.executor.fused import fuse
+from lockstep.executor.sampler import SamplingKernels
 from lockstep.executor.threads import SHARING_FULL_SHARE, ThreadGovernor
-from lockstep.layers.build import Build, Slice, Weights
+from lockstep.layers.build import Build, Place, Slice, Weights, fill_places
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
 from lockstep.ops.grouped_weight import GroupedWeight
-from lockstep.ops.selection import Binding, KernelSelector
+from lockstep.ops.selection import Binding, KernelSelector, require_served
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform
 from lockstep.quantization.held import QUANTISERS
 
 OnWeight = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A model with a kernel at every call site. `whole` is the one that computes all blocks, where there is one."""
+
+    model: DecoderModel
+    whole: Binding | None
+    attention: AttentionBackend
+    sampling: SamplingKernels
+    bindings: tuple[Binding, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,7 @@ class LoadedModel:
     build: Build
     model: DecoderModel
     attention: AttentionBackend
-    sample: Binding
+    sampling: SamplingKernels
     governor: ThreadGovernor
     bindings: tuple[Binding, ...]
 
@@ -64,19 +76,47 @@ def load_model(
         probe,
         on_weight,
     )
-    whole = bind_whole(build, facts, settings)
-    with torch.inference_mode():
-        model = model_class(settings).make(build, settings)
-    sample = bind_sampling(build, facts.vocab_size)
-    if whole is not None:
-        fused = fuse(model, whole)
+    bound = bind_model(build, facts, settings, config, platform, compile_ahead=True)
+    model = bound.model
+    if bound.whole is not None:
+        model = fused = fuse(bound.model, bound.whole)
         # The kernel has threads of its own; torch's would spin beside them.
         platform.set_num_threads(1)
         fused.set_num_threads(config.device.threads)
         governor = ThreadGovernor(config.device.threads, fused.set_num_threads, full_share=SHARING_FULL_SHARE)
-        return LoadedModel(build, fused, SpanBackend(), sample, governor, tuple(build.kernels.bindings))
-    attention, attends = bind_attention(config, platform, build)
-    return LoadedModel(build, model, attention, sample, governor, (*build.kernels.bindings, *attends))
+    return LoadedModel(build, model, bound.attention, bound.sampling, governor, bound.bindings)
+
+
+def bind_model(
+    build: Build,
+    facts: ModelFacts,
+    settings: Mapping[str, Any],
+    config: EngineConfig,
+    platform: Platform,
+    *,
+    compile_ahead: bool = False,
+) -> BoundModel:
+    """Makes the model's layers over the build's weights and binds a kernel at every call site.
+
+    With `compile_ahead`, kernels of attention that are compiled once for a machine are, where that is still to do.
+    Raises ModelFileError; ConfigError for an attention backend that is not there; KernelError where no kernel serves,
+    or where one that was forced would serve nothing.
+    """
+    whole = bind_whole(build, facts, settings, config)
+    with torch.inference_mode():
+        model = model_class(settings).make(build, settings)
+    sites = tuple(build.kernels.bindings)
+    sampling = bind_sampling(build, facts.vocab_size)
+    samplers = build.kernels.bindings[len(sites) :]
+    attention: AttentionBackend
+    if whole is None:
+        attention, attends = bind_attention(config, platform, build, compile_ahead=compile_ahead)
+    else:
+        sites = (whole, *(site.inside(whole) for site in sites if site is not whole))
+        attention, attends = SpanBackend(), attention_inside(whole)
+    bindings = (*sites, *attends, *samplers)
+    require_served(config.kernels.forced, bindings)
+    return BoundModel(model, whole, attention, sampling, bindings)
 
 
 def new_build(
@@ -112,44 +152,66 @@ def kernel_selector(config: EngineConfig, platform: Platform) -> KernelSelector:
         platform.kernel_preference,
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
+        measured_in=config.kernels.measured_in,
     )
 
 
-def bind_whole(build: Build, facts: ModelFacts, settings: Mapping[str, Any]) -> Binding | None:
-    """The kernel for all blocks together; None where the layers are to run one by one."""
-    if build.probe is not None or not model_class(settings).has_outline:
+def bind_whole(
+    build: Build, facts: ModelFacts, settings: Mapping[str, Any], config: EngineConfig
+) -> Binding | None:
+    """The kernel for all blocks together; None where the layers are to run one by one.
+
+    Raises ConfigError for an attention backend that is not known, whether or not one is needed.
+    """
+    backend = config.kernels.attention_backend
+    if backend is not None:
+        check_backend(backend)
+    if not model_class(settings).has_outline:
         return None
     signature = {
-        "dtype": build.dtype,
         "pool_dtype": build.kv_dtype,
         "head_dim": facts.head_dim,
         "inner_size": int(settings.get("intermediate_size") or 0),
         "num_ranks": build.mesh.group("tp").size,
     }
-    binding = build.kernels.bind("decoder_forward", "all blocks", signature, strict=False)
-    if binding.kernel.prepare is None:
-        return None
-    build.norm_dtype = torch.float32
-    return binding
+    apart = None
+    if build.probe is not None:
+        apart = "a probe watches what lies between"
+    elif backend is not None:
+        apart = f"--attention-backend {backend} asks for attention by itself"
+    whole = build.bind_fused("decoder_forward", "all blocks", apart=apart, **signature)
+    if whole is not None:
+        build.norm_dtype = torch.float32
+    return whole
 
 
 def bind_attention(
-    config: EngineConfig, platform: Platform, build: Build
+    config: EngineConfig, platform: Platform, build: Build, *, compile_ahead: bool = False
 ) -> tuple[AttentionBackend, tuple[Binding, ...]]:
-    """The attention backend for the layers that a model registered, and the decisions as bindings."""
+    """The attention backend for the layers that a model registered, and the decisions as bindings.
+
+    With `compile_ahead`, kernels that are compiled once for a machine are, where that is still to do.
+    """
     return choose_backend(
         config.kernels.attention_backend or "auto",
         platform.capabilities(),
         platform.attention_preference,
         build.attention_signature,
+        extend_preference=platform.extend_preference,
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
+        compile_ahead=compile_ahead,
+        selector=type(build.kernels),
     )
 
 
-def bind_sampling(build: Build, vocab_size: int) -> Binding:
-    """The kernel that draws tokens from float32 scores."""
-    return build.bind("top_k_top_p_sample", "sampler", dtype=torch.float32, vocab_size=vocab_size)
+def bind_sampling(build: Build, vocab_size: int) -> SamplingKernels:
+    """The kernels that choose tokens from float32 scores."""
+    argmax, sample = (
+        build.bind(op, "sampler", dtype=torch.float32, vocab_size=vocab_size).kernel
+        for op in ("argmax", "top_k_top_p_sample")
+    )
+    return SamplingKernels(argmax, sample)
 
 
 class _GovernedWeights:
@@ -162,6 +224,10 @@ class _GovernedWeights:
     def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: Slice | None) -> torch.Tensor:
         with self._governor.step():
             return self._source.load(name, shape, dtype, part)
+
+    def fill(self, places: Sequence[Place]) -> None:
+        with self._governor.step():
+            fill_places(self._source, places)
 
     def load_grouped(self, name: str, shape: tuple[int, ...], part: Slice | None) -> GroupedWeight | None:
         with self._governor.step():

@@ -53,7 +53,8 @@ def open_for_running(options: Mapping[str, Any]) -> OpenedModel:
     Raises ConfigError, ModelFileError or OutOfMemory.
     """
     given = gather(options)
-    files = open_files(wanted(given, "model"), wanted(given, "revision"))
+    names = ("model", "revision", "load_format")
+    files = _with_tensors(open_files(*(wanted(given, name) for name in names)))
     device = wanted(given, "device")
     platform = pick_platform(AUTO if device is None else device)
     capabilities = with_native_kernels(platform)
@@ -70,6 +71,16 @@ def with_native_kernels(platform: Platform) -> Capabilities:
         return capabilities
     fast = ("bfloat16", *(dtype for dtype in capabilities.fast_dtypes if dtype != "bfloat16"))
     return replace(capabilities, fast_dtypes=fast, features=capabilities.features | {"native"})
+
+
+def _with_tensors(files: ModelFiles) -> ModelFiles:
+    """Files without weights get those that the model would take."""
+    if files.tensors:
+        return files
+    # Only a model that has to be built to be known costs torch and the layers.
+    from lockstep.engine.dummy import with_dummy_tensors
+
+    return with_dummy_tensors(files)
 
 
 def model_facts(files: ModelFiles) -> ModelFacts:
@@ -111,6 +122,11 @@ def resolve_options(options: Mapping[str, Any]) -> Resolution:
     return Resolution(opened.config, opened.decisions)
 
 
-def reopen(files: ModelFiles, platform: Platform, config: EngineConfig) -> OpenedModel:
-    """The same model on a further rank, under a configuration that the first rank resolved."""
+def reopen(platform: Platform, config: EngineConfig) -> OpenedModel:
+    """The same model on a further rank, under a configuration that the first rank resolved.
+
+    Raises ModelFileError.
+    """
+    model = config.model
+    files = _with_tensors(open_files(model.model, model.revision, model.load_format))
     return OpenedModel(files, platform, with_native_kernels(platform), model_facts(files), config, ())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from lockstep.core.output import CompletionDelta, RequestOutput
 from lockstep.core.request import Request
@@ -28,12 +29,15 @@ class RequestStream:
 
     `matched_stop` in an output means that the engine does not know yet: once `finished`, the client must abort a
     request whose `engine_unaware` is true. A choice that met a stop string while others go on is generated
-    further and ignored.
+    further and ignored. With `at_once` there is one output, when every choice has ended: nobody looks before. Stop
+    strings want every token's text at once, so such requests are followed step by step all the same.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, *, at_once: bool = False) -> None:
         self.request = request
         params = request.params
+        self._held: list[SequenceEvent] | None = [] if at_once and not params.stop else None
+        self._num_open = params.n
         self._choices = [
             _Choice(
                 tokenizer.detokenizer(params.skip_special_tokens, request.prompt_token_ids),
@@ -51,6 +55,12 @@ class RequestStream:
 
     def push(self, events: Sequence[SequenceEvent]) -> RequestOutput | None:
         """What the events mean for the client; None when all of it is held back or belongs to ended choices."""
+        if self._held is not None:
+            self._held += events
+            self._num_open -= sum(event.finish_reason is not None for event in events)
+            if self._num_open > 0:
+                return None
+            events = _merged(self._held)
         deltas = []
         prompt_logprobs: tuple[TokenLogprob, ...] = ()
         embedding = None
@@ -83,6 +93,9 @@ class RequestStream:
         if event.stop_token_id is not None and not params.include_stop:
             # The token that ended the answer is counted, but its text is not part of it.
             shown = event.token_ids[:-1]
+        if not params.stop:
+            text = choice.detokenizer.push(shown)
+            shown = ()
         for token_id in shown:
             taken += 1
             choice.num_tokens += 1
@@ -117,6 +130,23 @@ class RequestStream:
         )
 
 
+def _merged(events: Sequence[SequenceEvent]) -> list[SequenceEvent]:
+    """One event for each choice, as if all of its steps had been one."""
+    by_choice: dict[int, list[SequenceEvent]] = {}
+    for event in events:
+        by_choice.setdefault(event.index, []).append(event)
+    return [
+        replace(
+            own[-1],
+            token_ids=tuple(chain.from_iterable(event.token_ids for event in own)),
+            logprobs=tuple(chain.from_iterable(event.logprobs for event in own)),
+            prompt_logprobs=tuple(chain.from_iterable(event.prompt_logprobs for event in own)),
+            num_cached_tokens=max(event.num_cached_tokens for event in own),
+        )
+        for own in by_choice.values()
+    ]
+
+
 class OutputProcessor:
     """The streams of all unfinished requests of a client."""
 
@@ -130,9 +160,9 @@ class OutputProcessor:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._streams
 
-    def add(self, request: Request) -> None:
-        """Follow a request that is about to be submitted."""
-        self._streams[request.request_id] = RequestStream(request, self._tokenizer)
+    def add(self, request: Request, *, at_once: bool = False) -> None:
+        """Follow a request that is about to be submitted; `at_once`: one output, when it has ended."""
+        self._streams[request.request_id] = RequestStream(request, self._tokenizer, at_once=at_once)
 
     def drop(self, request_id: str) -> bool:
         """Forget a request; False when it is unknown."""

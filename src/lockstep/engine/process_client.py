@@ -171,8 +171,14 @@ class ProcessClient:
         self._grammars.validate(grammar)
 
     def _open_tokenizer(self) -> Tokenizer:
-        files = open_files(wanted(self._given, "model"), wanted(self._given, "revision"))
-        return open_tokenizer(files, wanted(self._given, "tokenizer"), wanted(self._given, "chat_template"))
+        names = ("model", "revision", "load_format")
+        files = open_files(*(wanted(self._given, name) for name in names))
+        return open_tokenizer(
+            files,
+            wanted(self._given, "tokenizer"),
+            wanted(self._given, "chat_template"),
+            skip=wanted(self._given, "skip_tokenizer_init"),
+        )
 
     def _least_loaded(self) -> _Seat:
         return min(self._alive(), key=lambda seat: len(seat.inboxes))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+
+import torch
 
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.paged_backend import PagedBackend
@@ -12,7 +15,10 @@ from lockstep.core.probe import Probe
 from lockstep.engine.loading import LoadedModel
 from lockstep.executor.graphs import DecodeGraphs, why_no_graphs
 from lockstep.executor.hooks import SamplerHook
+from lockstep.executor.inputs import LastTokens
 from lockstep.executor.runner import ModelRunner
+from lockstep.executor.transfers import Transfers
+from lockstep.kv.pool.host_pool import HostPool
 from lockstep.kv.pool.pool import KVPool
 from lockstep.ops.selection import Binding
 from lockstep.parallel.mesh import Mesh
@@ -43,14 +49,31 @@ class Runners:
         self._probe = probe
         self.no_graphs = _why_eager(config, loaded.bindings, loaded.attention, probe)
 
-    def trial(self, num_pages: int) -> ModelRunner:
+    def trial(self, num_pages: int) -> tuple[ModelRunner, KVPool]:
         """Without graphs and hooks, over so many pages."""
-        return self._runner(self._pool(num_pages), (), None)
+        pool = self._pool(num_pages)
+        return self._runner(pool, (), None), pool
 
+    @torch.inference_mode()
+    def record_largest(self, pool: KVPool) -> DecodeGraphs | None:
+        """Graphs of which the largest is recorded, over a pool on trial; None where there are none."""
+        graphs = self._graphs(pool)
+        if graphs is not None:
+            graphs.step(self._config.scheduler.max_running_requests)
+        return graphs
+
+    @torch.inference_mode()
     def serving(self, num_pages: int, hooks: Sequence[SamplerHook]) -> tuple[ModelRunner, KVPool]:
         """With everything, over so many pages."""
         pool = self._pool(num_pages)
-        return self._runner(pool, hooks, self._graphs(pool)), pool
+        graphs = self._graphs(pool)
+        if graphs is not None:
+            graphs.record_smallest()
+        return self._runner(pool, hooks, graphs), pool
+
+    def host_pool(self, pool: KVPool, num_pages: int) -> HostPool:
+        """So many pages of host memory behind the pool. Raises OutOfMemory."""
+        return HostPool(pool, num_pages=num_pages, new_stream=partial(self._platform.new_stream, self._rank))
 
     def _pool(self, num_pages: int) -> KVPool:
         return KVPool(
@@ -69,6 +92,7 @@ class Runners:
             self._loaded.model.forward,
             attention,
             pool,
+            LastTokens(self._config.scheduler.max_running_requests, self._loaded.build.device),
             most_rows=self._config.scheduler.max_running_requests,
             num_pages=-(-self._config.model.context_length // pool.page_size),
             device=self._loaded.build.device,
@@ -81,10 +105,11 @@ class Runners:
             loaded.model,
             pool,
             loaded.attention,
+            max_sequences=self._config.scheduler.max_running_requests,
             windows=loaded.build.windows,
             eos_token_ids=self._eos_token_ids,
-            device=loaded.build.device,
-            sample=loaded.sample.function,
+            transfers=Transfers(loaded.build.device, partial(self._platform.new_event, self._rank)),
+            sampling=loaded.sampling,
             hooks=hooks,
             probe=self._probe,
             governor=loaded.governor,

@@ -10,6 +10,7 @@ import msgspec
 import zmq
 
 from lockstep.core.errors import LockstepError
+from lockstep.core.garbage import start_without_collecting
 from lockstep.engine.messages import Failed, Ready, Shutdown, WorkerSpec, decode_inputs, encode
 from lockstep.engine.ranks import follow_lifeline
 
@@ -39,9 +40,10 @@ def main() -> None:
 
 
 def _run(spec: WorkerSpec, inputs: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
-    from lockstep.engine.assembly import assemble_rank
+    with start_without_collecting():
+        from lockstep.engine.assembly import assemble_rank
 
-    built = assemble_rank(spec.config, rank=spec.rank, store=Path(spec.store))
+        built = assemble_rank(spec.config, rank=spec.rank, store=Path(spec.store))
     events.send(encode(Ready(built.card, [])))
     while True:
         message = decode_inputs(inputs.recv())

@@ -15,7 +15,7 @@ import torch
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.step import StepPlan
-from lockstep.executor.inputs import PADDING, StepInputs
+from lockstep.executor.inputs import PADDING, LastTokens, StepInputs, StepRows
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
 from lockstep.ops.selection import Binding
@@ -25,8 +25,11 @@ Forward = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 NewGraph = Callable[[DeviceGraph | None], DeviceGraph]
 """Makes a graph in the memory of another."""
 
-_NOT_RECORDED = ("attention_extend", "top_k_top_p_sample", "decoder_forward")
-"""Operators outside of a step of single tokens that runs layer by layer."""
+_NOT_ASKED = ("attention_decode", "attention_extend", "argmax", "top_k_top_p_sample", "decoder_forward")
+"""Operators outside of a step of single tokens that runs layer by layer, and those that the backend answers for."""
+
+SMALLEST = 8
+"""Up to this many rows, graphs are recorded at start."""
 
 
 def ladder(most_rows: int) -> tuple[int, ...]:
@@ -41,11 +44,11 @@ def ladder(most_rows: int) -> tuple[int, ...]:
 def why_no_graphs(bindings: Iterable[Binding], attention: AttentionBackend) -> str | None:
     """The reason why a step of single tokens over these kernels cannot be recorded; None when it can."""
     for binding in bindings:
-        if binding.kernel.asks_host and binding.op not in _NOT_RECORDED:
+        if binding.kernel.asks_host and binding.op not in _NOT_ASKED:
             return f"{binding.op}.{binding.kernel.provider} reads values on the host"
     if not isinstance(attention, PagedBackend):
         return f"attention by {attention.name} is planned anew for each step"
-    return None
+    return attention.why_no_graphs
 
 
 class RecordedStep:
@@ -57,6 +60,7 @@ class RecordedStep:
         forward: Forward,
         attention: PagedBackend,
         pool: KVPool,
+        last_tokens: LastTokens,
         *,
         num_pages: int,
         device: torch.device,
@@ -66,11 +70,12 @@ class RecordedStep:
         self.graph = graph
         self._forward = forward
         self._attention = attention
+        self._last_tokens = last_tokens
         self._plan = attention.fixed_plan(
             num_rows=num_rows, num_pages=num_pages, page_size=pool.page_size, device=device
         )
-        self._rows_3T = torch.tensor(PADDING, device=device).repeat(num_rows, 1).T.contiguous()
-        self._context = ForwardContext(self._rows_3T[1], self._rows_3T[2], attention, self._plan, pool)
+        self.rows = StepRows(torch.tensor(PADDING, device=device).repeat(num_rows, 1).T.contiguous())
+        self._context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, self._plan, pool)
         # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
         self.run()
         with graph.capture():
@@ -78,12 +83,12 @@ class RecordedStep:
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step of `num_rows` rows, padding included, to where the graph reads it."""
-        self._rows_3T.copy_(inputs.rows_3T)
+        self.rows.facts_5T.copy_(inputs.spans.stage(inputs.facts_5T), non_blocking=True)
         self._attention.refill(self._plan, inputs.spans)
 
     def run(self) -> torch.Tensor:
         """Hidden rows [T, D] of what was filled in, without the graph."""
-        return self._forward(self._context, self._rows_3T[0])
+        return self._forward(self._context, self._last_tokens.resolve(self.rows))
 
     def replay(self) -> torch.Tensor:
         """Hidden rows [T, D] of what was filled in, by the graph; valid until its next replay."""
@@ -95,6 +100,7 @@ class DecodeGraphs:
     """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted.
 
     All of them share one memory, for only one runs at a time. `num_pages` is the most that a sequence can have.
+    Tokens that the host does not know yet are taken from `last_tokens` by the graph itself.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class DecodeGraphs:
         forward: Forward,
         attention: PagedBackend,
         pool: KVPool,
+        last_tokens: LastTokens,
         *,
         most_rows: int,
         num_pages: int,
@@ -111,6 +118,7 @@ class DecodeGraphs:
         self._forward = forward
         self._attention = attention
         self._pool = pool
+        self.last_tokens = last_tokens
         self._num_pages = num_pages
         self._device = device
         self._new_graph = new_graph
@@ -123,11 +131,17 @@ class DecodeGraphs:
             return None
         return next((size for size in self._sizes if size >= len(plan.slices)), None)
 
-    def compute(self, inputs: StepInputs) -> torch.Tensor:
-        """Hidden rows [T, D] of a step that was padded to one of the sizes, its padding left out."""
-        step = self.step(inputs.rows_3T.shape[1])
+    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
+        """The rows and hidden rows [T, D] of a step that was padded to one of the sizes, padding left out of these."""
+        step = self.step(inputs.facts_5T.shape[1])
         step.fill(inputs)
-        return step.replay()[: len(inputs.spans)]
+        return step.rows, step.replay()[: len(inputs.spans)]
+
+    def record_smallest(self) -> None:
+        """Records the sizes that nearly every use wants, so that no request waits for them."""
+        for size in self._sizes:
+            if size <= SMALLEST:
+                self.step(size)
 
     def step(self, num_rows: int) -> RecordedStep:
         """The recorded step of one of the sizes."""
@@ -138,6 +152,7 @@ class DecodeGraphs:
                 self._forward,
                 self._attention,
                 self._pool,
+                self.last_tokens,
                 num_pages=self._num_pages,
                 device=self._device,
                 graph=self._new_graph(first.graph if first is not None else None),

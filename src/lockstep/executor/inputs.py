@@ -1,78 +1,129 @@
-"""From a plan to tensors.
+"""From a plan to what the model reads.
 
-Shapes: T rows of the step.
+Shapes: T rows of the step, B slices, S slots.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from lockstep.attention.backend import Span
+from lockstep.attention.spans import Spans, Stage
 from lockstep.core.step import StepPlan
-from lockstep.executor.sequences import SequenceTable
+from lockstep.executor.sequences import NOBODY, SequenceTable
+
+PADDING = (0, 0, -1, NOBODY, NOBODY)
+"""A row that stands for nobody: a token that every model has, stored nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """Five facts of each row of a step, int64, on the device.
+
+    Its token, or 0; its place in its sequence; its slot in the KV pool; the sequence whose last token it adds to the
+    first (see LastTokens), or nobody; the sequence that it belongs to.
+    """
+
+    facts_5T: torch.Tensor
+
+    @property
+    def token_ids_T(self) -> torch.Tensor:
+        return self.facts_5T[0]
+
+    @property
+    def positions_T(self) -> torch.Tensor:
+        return self.facts_5T[1]
+
+    @property
+    def slots_T(self) -> torch.Tensor:
+        return self.facts_5T[2]
+
+    @property
+    def sources_T(self) -> torch.Tensor:
+        return self.facts_5T[3]
+
+    @property
+    def owners_T(self) -> torch.Tensor:
+        return self.facts_5T[4]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What the model reads, int64: each row's token, its place in its sequence and its slot in the KV pool.
+    """A step on the host: the facts of its rows, as StepRows has them, and its slices in the plan's order.
 
-    `first_rows` holds the first row of each slice, in the plan's order.
+    `owner_B` is the slot of each slice's sequence, `first_row_B` its first row.
     """
 
-    rows_3T: torch.Tensor
-    spans: list[Span]
-    first_rows: list[int]
+    facts_5T: np.ndarray
+    spans: Spans
+    owner_B: np.ndarray
+    first_row_B: np.ndarray
 
     @property
-    def token_ids_T(self) -> torch.Tensor:
-        return self.rows_3T[0]
+    def last_row_B(self) -> np.ndarray:
+        return self.first_row_B + self.spans.num_tokens_B - 1
 
     @property
-    def positions_T(self) -> torch.Tensor:
-        return self.rows_3T[1]
-
-    @property
-    def slots_T(self) -> torch.Tensor:
-        return self.rows_3T[2]
+    def num_rows(self) -> int:
+        """Rows that are no padding."""
+        return int(self.spans.num_tokens_B.sum())
 
 
-PADDING = (0, 0, -1)
-"""Token, position and slot of a row that stands for nobody: a token that every model has, stored nowhere."""
+class LastTokens:
+    """The token that each running sequence sampled last, on the device, where the next step finds it.
+
+    Nobody's is always 0, so that a row's token is the one that the host knows plus that of its source.
+    """
+
+    def __init__(self, max_sequences: int, device: torch.device) -> None:
+        self._ids_S = torch.zeros(max_sequences + 1, dtype=torch.int64, device=device)
+
+    def resolve(self, rows: StepRows) -> torch.Tensor:
+        """The token of every row [T]."""
+        return self._ids_S.index_select(0, rows.sources_T) + rows.token_ids_T
+
+    def keep(self, owners_R: torch.Tensor, token_ids_R: torch.Tensor) -> None:
+        """These sequences sampled these tokens."""
+        self._ids_S.index_copy_(0, owners_R, token_ids_R)
 
 
 def build_inputs(
     plan: StepPlan,
     sequences: SequenceTable,
     page_size: int,
-    device: torch.device,
     *,
     num_rows: int | None = None,
+    stage: Stage = torch.from_numpy,
 ) -> StepInputs:
     """Rows of all slices, one after the other, in the plan's order, then padding up to `num_rows` if given."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    spans: list[Span] = []
-    first_rows: list[int] = []
-    for piece in plan.slices:
-        state = sequences[piece.seq_id]
-        first_rows.append(len(token_ids))
-        end = piece.start + piece.num_tokens
-        pages = state.page_ids
-        if piece.num_tokens == 1:
-            token_ids.append(state.token_ids[piece.start])
-            positions.append(piece.start)
-            slots.append(pages[piece.start // page_size] * page_size + piece.start % page_size)
-        else:
-            token_ids.extend(state.token_ids[piece.start : end])
-            positions.extend(range(piece.start, end))
-            slots.extend(pages[at // page_size] * page_size + at % page_size for at in range(piece.start, end))
-        spans.append(Span(piece.start, piece.num_tokens, pages))
-    num_padding = max(0, (num_rows or 0) - len(token_ids))
-    columns = zip((token_ids, positions, slots), PADDING, strict=True)
-    packed = torch.tensor([values + [padding] * num_padding for values, padding in columns], dtype=torch.int64)
-    if packed.device != device:
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return StepInputs(packed, spans, first_rows)
+    states = [sequences[piece.seq_id] for piece in plan.slices]
+    owner_B = np.array([state.slot for state in states], dtype=np.int64)
+    start_B = np.array([piece.start for piece in plan.slices], dtype=np.int64)
+    num_tokens_B = np.array([piece.num_tokens for piece in plan.slices], dtype=np.int64)
+    end_B = num_tokens_B.cumsum()
+    first_row_B = end_B - num_tokens_B
+    total = int(num_tokens_B.sum())
+
+    slice_T = np.arange(len(states)).repeat(num_tokens_B)
+    owner_T = owner_B[slice_T]
+    position_T = np.arange(total) - (first_row_B - start_B)[slice_T]
+    page_T, at_T = np.divmod(position_T, page_size)
+    facts_5T = np.empty((5, max(total, num_rows or 0)), dtype=np.int64)
+    facts_5T[:, total:] = np.array(PADDING)[:, None]
+    facts_5T[0, :total] = 0
+    facts_5T[1, :total] = position_T
+    facts_5T[2, :total] = sequences.page_ids_SP[owner_T, page_T].astype(np.int64) * page_size + at_T
+    facts_5T[3, :total] = np.where(position_T < sequences.num_known_S[owner_T], NOBODY, owner_T)
+    facts_5T[4, :total] = owner_T
+    for index in np.nonzero(start_B < sequences.num_known_S[owner_B])[0]:
+        row, start, count = first_row_B[index], start_B[index], num_tokens_B[index]
+        facts_5T[0, row : row + count] = states[index].token_ids[start : start + count]
+
+    most_pages = -(-int((start_B + num_tokens_B).max(initial=0)) // page_size)
+    samples_B = np.array([piece.samples for piece in plan.slices], dtype=np.int64)
+    num_wanted_B = np.where(sequences.is_special_S[owner_B], num_tokens_B, samples_B)
+    page_ids_BP = sequences.page_ids_SP[owner_B, :most_pages]
+    spans = Spans(start_B, num_tokens_B, page_ids_BP, page_size, stage, num_wanted_B)
+    return StepInputs(facts_5T, spans, owner_B, first_row_B)

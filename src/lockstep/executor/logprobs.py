@@ -1,49 +1,70 @@
 """Log-probabilities of chosen and of prompt tokens, under the model's own distribution.
 
-Shapes: R rows, V vocabulary.
+Shapes: R rows, K best alternatives, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lockstep.core.step import TokenLogprob
+from lockstep.executor.transfers import Transfers
 
 ROWS_AT_ONCE = 128
 """Prompt rows scored together: bounds the memory of [rows, vocabulary] scores."""
 
 
-def token_logprobs(
-    logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]
-) -> tuple[TokenLogprob, ...]:
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Log-probabilities on their way to the host: there once the step's event has passed."""
+
+    token_ids_R: torch.Tensor
+    chosen_R: torch.Tensor
+    best_ids_RK: torch.Tensor | None
+    best_RK: torch.Tensor | None
+    num_top: Sequence[int]
+
+    def read(self) -> list[TokenLogprob]:
+        """One for each row."""
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(self.num_top)
+        if self.best_ids_RK is not None and self.best_RK is not None:
+            rows = zip(self.best_ids_RK.tolist(), self.best_RK.tolist(), self.num_top, strict=True)
+            tops = [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in rows]
+        return list(map(TokenLogprob, self.token_ids_R.tolist(), self.chosen_R.tolist(), tops))
+
+
+def score_tokens(
+    logits_RV: torch.Tensor, token_ids_R: torch.Tensor, num_top: Sequence[int], transfers: Transfers
+) -> ScoredTokens:
     """For each row the log-probability of its token and of its `num_top` best ones, best first."""
     logprobs_RV = logits_RV.float().log_softmax(-1)
-    index_R1 = torch.tensor(token_ids, device=logits_RV.device).unsqueeze(-1)
-    chosen = logprobs_RV.gather(-1, index_R1).flatten().tolist()
+    chosen_R = logprobs_RV.gather(-1, token_ids_R[:, None]).flatten()
     most = max(num_top, default=0)
     best = logprobs_RV.topk(most, dim=-1) if most else None
-    tops: list[tuple[tuple[int, float], ...]] = [()] * len(token_ids)
-    if best is not None:
-        rows = zip(best.indices.tolist(), best.values.tolist(), num_top, strict=True)
-        tops = [tuple(zip(ids[:count], values[:count], strict=True)) for ids, values, count in rows]
-    return tuple(
-        TokenLogprob(token_id, logprob, top)
-        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
+    down = transfers.download
+    return ScoredTokens(
+        down(token_ids_R),
+        down(chosen_R),
+        None if best is None else down(best.indices),
+        None if best is None else down(best.values),
+        num_top,
     )
 
 
-def prompt_logprobs(
+def score_prompt(
     hidden_TD: torch.Tensor,
     logits_of: Callable[[torch.Tensor], torch.Tensor],
-    next_token_ids: Sequence[int],
+    next_token_ids_T: torch.Tensor,
     num_top: int,
-) -> list[TokenLogprob]:
-    """Row t of `hidden_TD` scores `next_token_ids[t]`."""
-    found: list[TokenLogprob] = []
-    for start in range(0, len(next_token_ids), ROWS_AT_ONCE):
-        token_ids = next_token_ids[start : start + ROWS_AT_ONCE]
-        logits_RV = logits_of(hidden_TD[start : start + len(token_ids)])
-        found.extend(token_logprobs(logits_RV, token_ids, [num_top] * len(token_ids)))
-    return found
+    transfers: Transfers,
+) -> list[ScoredTokens]:
+    """Row t of `hidden_TD` scores token t of `next_token_ids_T`; pieces of so many rows, in order."""
+    pieces = zip(hidden_TD.split(ROWS_AT_ONCE), next_token_ids_T.split(ROWS_AT_ONCE), strict=True)
+    return [
+        score_tokens(logits_of(rows_RD), token_ids_R, [num_top] * len(token_ids_R), transfers)
+        for rows_RD, token_ids_R in pieces
+        if len(token_ids_R)
+    ]

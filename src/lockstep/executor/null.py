@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lockstep.core.step import SequenceResult, StepPlan, StepResult
+from lockstep.core.step import Landed, SequenceResult, StepPlan, StepResult
 from lockstep.executor.draws import uniform
 
 
@@ -14,7 +14,8 @@ class NullExecutor:
         self._seeds: dict[int, int] = {}
         self._embeds: dict[int, int] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> Landed:
+        """Counts, and has the answer."""
         for seq_id in plan.ended:
             self._seeds.pop(seq_id, None)
             self._embeds.pop(seq_id, None)
@@ -32,4 +33,4 @@ class NullExecutor:
             elif self._embeds.get(piece.seq_id) == end:
                 result = SequenceResult(piece.seq_id, embedding=(1.0,))
             results.append(result)
-        return StepResult(plan.step_id, tuple(results))
+        return Landed(StepResult(plan.step_id, tuple(results)))

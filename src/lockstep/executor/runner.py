@@ -1,42 +1,38 @@
 """Runs steps of one model on one rank.
 
-Shapes: T rows of the step, R rows that sample, D model, V vocabulary.
+Shapes: T rows of the step, B slices, R rows that sample, D model, V vocabulary, S slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
 
+import numpy as np
 import torch
 
 from lockstep.attention.backend import AttentionBackend
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.probe import Probe
-from lockstep.core.step import SequenceResult, StepPlan, StepResult, TokenLogprob, TokenSlice
+from lockstep.core.step import Landed, Pending, StepPlan, StepResult, TokenSlice
 from lockstep.executor.graphs import DecodeGraphs
 from lockstep.executor.hooks import SamplerHook
-from lockstep.executor.inputs import StepInputs, build_inputs
-from lockstep.executor.logprobs import prompt_logprobs, token_logprobs
-from lockstep.executor.sampler import Sample, Sampler
+from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, build_inputs
+from lockstep.executor.logprobs import ScoredTokens, score_prompt, score_tokens
+from lockstep.executor.pending import Findings, PendingStep
+from lockstep.executor.sampler import STOCK, Sampler, Sampling, SamplingKernels
 from lockstep.executor.sequences import SequenceState, SequenceTable
 from lockstep.executor.threads import ThreadGovernor
+from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
 from lockstep.models.llm.decoder import DecoderModel
 
 
-class Executor(Protocol):
-    """Whoever answers plans: a model, or the null platform's counter."""
-
-    def execute(self, plan: StepPlan) -> StepResult: ...
-
-
 class ModelRunner:
-    """The model, its KV pool and its sequences; `execute` is one step.
+    """The model, its KV pool and its sequences; `submit` is one step.
 
-    Owns the token ids and page tables of running sequences; follows plans and takes no decision of its own.
+    Owns the token ids and page tables of running sequences; follows plans and takes no decision of its own. What a
+    step samples stays on the device for the next one, which may so be submitted before the host knows it.
     """
 
     def __init__(
@@ -45,10 +41,11 @@ class ModelRunner:
         pool: KVPool,
         attention: AttentionBackend,
         *,
+        max_sequences: int,
         windows: Sequence[int],
         eos_token_ids: Sequence[int],
-        device: torch.device,
-        sample: Sample,
+        transfers: Transfers,
+        sampling: SamplingKernels = STOCK,
         hooks: Sequence[SamplerHook] = (),
         probe: Probe | None = None,
         governor: ThreadGovernor | None = None,
@@ -58,41 +55,41 @@ class ModelRunner:
         self._pool = pool
         self._attention = attention
         self._windows = tuple(windows)
-        self._device = device
+        self._transfers = transfers
         self._hooks = tuple(hooks)
         self._probe = probe
         self._governor = governor
         self._graphs = graphs
-        self._sampler = Sampler(eos_token_ids, hooks, sample)
-        self._sequences = SequenceTable()
+        self._sampler = Sampler(
+            max_sequences, model.config.vocab_size, eos_token_ids, transfers, hooks, sampling
+        )
+        self._sequences = SequenceTable(max_sequences)
+        self._last_tokens = (
+            LastTokens(max_sequences, transfers.device) if graphs is None else graphs.last_tokens
+        )
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's slices and choose the next tokens."""
+    def submit(self, plan: StepPlan) -> Pending:
+        """Has the plan's slices computed and their next tokens chosen. See Executor."""
+        self._transfers.begin_step()
         self._follow(plan)
         if not plan.slices:
-            return StepResult(plan.step_id)
+            self._transfers.end_step()
+            return Landed(StepResult(plan.step_id))
         if self._governor is None:
             return self._compute(plan)
         with self._governor.step():
             return self._compute(plan)
 
-    def _compute(self, plan: StepPlan) -> StepResult:
-        num_graph_rows = self._graphs.num_rows_for(plan) if self._graphs is not None else None
-        inputs = build_inputs(
-            plan, self._sequences, self._pool.page_size, self._device, num_rows=num_graph_rows
-        )
-        if self._probe is not None:
-            rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
-            self._probe.begin_step(plan.step_id, tuple(rows))
-        if self._graphs is not None and num_graph_rows is not None:
-            hidden_TD = self._graphs.compute(inputs)
-        else:
-            hidden_TD = self._model.forward(self._context(inputs), inputs.token_ids_T)
-        return self._answer(plan, inputs, hidden_TD)
+    def execute(self, plan: StepPlan) -> StepResult:
+        """One step, waited for."""
+        return self.submit(plan).result()
 
     def _follow(self, plan: StepPlan) -> None:
-        self._sequences.apply(plan)
+        for slot in self._sequences.apply(plan):
+            self._sampler.end(slot)
+        for start in plan.started:
+            self._sampler.start(self._sequences[start.seq_id].slot, start)
         for hook in self._hooks:
             for seq_id in plan.ended:
                 hook.end(seq_id)
@@ -100,90 +97,117 @@ class ModelRunner:
                 try:
                     hook.start(start.seq_id, start)
                 except InvalidRequest as error:
-                    self._sequences[start.seq_id].error = str(error)
+                    self._sequences.fail(start.seq_id, str(error))
 
-    def _context(self, inputs: StepInputs) -> ForwardContext:
-        plan = self._attention.plan(
-            inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
+    def _compute(self, plan: StepPlan) -> PendingStep:
+        num_graph_rows = self._graphs.num_rows_for(plan) if self._graphs is not None else None
+        inputs = build_inputs(
+            plan,
+            self._sequences,
+            self._pool.page_size,
+            num_rows=num_graph_rows,
+            stage=self._transfers.stage,
         )
-        return ForwardContext(inputs.positions_T, inputs.slots_T, self._attention, plan, self._pool)
+        if self._probe is not None:
+            rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
+            self._probe.begin_step(plan.step_id, tuple(rows))
+        if self._graphs is not None and num_graph_rows is not None:
+            rows_T, hidden_TD = self._graphs.compute(inputs)
+        else:
+            rows_T, hidden_TD = self._forward(inputs)
+        findings = self._find(plan, inputs, rows_T, hidden_TD)
+        return PendingStep(plan, findings, self._hooks, self._transfers.end_step())
 
-    def _answer(self, plan: StepPlan, inputs: StepInputs, hidden_TD: torch.Tensor) -> StepResult:
-        results: dict[int, SequenceResult] = {}
-        sampling: list[tuple[SequenceState, int]] = []
-        for piece, first_row in zip(plan.slices, inputs.first_rows, strict=True):
+    def _forward(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
+        rows = StepRows(self._transfers.upload(inputs.facts_5T))
+        plan = self._attention.plan(
+            inputs.spans,
+            page_size=self._pool.page_size,
+            windows=self._windows,
+            device=self._transfers.device,
+        )
+        context = ForwardContext(rows.positions_T, rows.slots_T, self._attention, plan, self._pool)
+        return rows, self._model.forward(context, self._last_tokens.resolve(rows))
+
+    def _find(self, plan: StepPlan, inputs: StepInputs, rows: StepRows, hidden_TD: torch.Tensor) -> Findings:
+        findings = Findings()
+        samples_B = np.array([piece.samples for piece in plan.slices])
+        for index in np.nonzero(self._sequences.is_special_S[inputs.owner_B])[0].tolist():
+            piece, first = plan.slices[index], int(inputs.first_row_B[index])
             state = self._sequences[piece.seq_id]
-            rows_TD = hidden_TD[first_row : first_row + piece.num_tokens]
-            scores = self._score_prompt(state, piece, rows_TD)
-            results[piece.seq_id] = SequenceResult(piece.seq_id, prompt_logprobs=scores)
             if state.error is not None:
-                results[piece.seq_id] = SequenceResult(piece.seq_id, error=state.error)
-            elif state.pooling is not None:
-                results[piece.seq_id] = _pool_rows(state, piece, rows_TD)
-            elif piece.samples:
-                sampling.append((state, first_row + piece.num_tokens - 1))
-        for result in self._sample(sampling, hidden_TD) if sampling else ():
-            scores = results[result.seq_id].prompt_logprobs
-            results[result.seq_id] = replace(result, prompt_logprobs=scores) if scores else result
-        return StepResult(plan.step_id, tuple(results[piece.seq_id] for piece in plan.slices))
+                findings.errors[index] = state.error
+                samples_B[index] = False
+            else:
+                self._find_more(findings, index, state, piece, hidden_TD[first : first + piece.num_tokens])
+        if samples_B.any():
+            self._sample(findings, np.nonzero(samples_B)[0], plan, inputs, rows, hidden_TD)
+        return findings
+
+    def _find_more(
+        self, findings: Findings, index: int, state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor
+    ) -> None:
+        """What is asked of a sequence beyond its next token."""
+        scores = self._score_prompt(state, piece, rows_TD)
+        if scores:
+            findings.prompt_logprobs[index] = scores
+        if state.pooling is not None:
+            unit_D = _pool_rows(state, piece, rows_TD)
+            if unit_D is not None:
+                findings.embeddings[index] = self._transfers.download(unit_D)
 
     def _score_prompt(
         self, state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor
-    ) -> tuple[TokenLogprob, ...]:
+    ) -> list[ScoredTokens]:
         num_top = state.params.prompt_logprobs
         end = min(piece.start + piece.num_tokens, state.num_prompt_tokens - 1)
         if num_top is None or end <= piece.start:
-            return ()
-        next_token_ids = state.token_ids[piece.start + 1 : end + 1]
-        return tuple(prompt_logprobs(rows_TD, self._model.logits, next_token_ids, num_top))
+            return []
+        next_token_ids_T = self._transfers.upload(state.token_ids[piece.start + 1 : end + 1])
+        rows_TD = rows_TD[: end - piece.start]
+        return score_prompt(rows_TD, self._model.logits, next_token_ids_T, num_top, self._transfers)
 
     def _sample(
-        self, sampling: list[tuple[SequenceState, int]], hidden_TD: torch.Tensor
-    ) -> list[SequenceResult]:
-        states = [state for state, _ in sampling]
-        rows = [row for _, row in sampling]
-        whole = len(rows) == hidden_TD.shape[0]
-        logits_RV = self._model.logits(hidden_TD if whole else hidden_TD[rows])
+        self,
+        findings: Findings,
+        sampled: np.ndarray,
+        plan: StepPlan,
+        inputs: StepInputs,
+        rows: StepRows,
+        hidden_TD: torch.Tensor,
+    ) -> None:
+        """Chooses tokens for these slices, leaves them where the next step looks for them, and sends them home."""
+        owners_R = rows.owners_T[: len(sampled)]
+        if len(sampled) < inputs.num_rows:
+            row_R = self._transfers.upload(inputs.last_row_B[sampled])
+            hidden_TD, owners_R = hidden_TD.index_select(0, row_R), rows.owners_T.index_select(0, row_R)
+        logits_RV = self._model.logits(hidden_TD)
+        position_B = inputs.spans.num_keys_B
+        states = [self._sequences[plan.slices[index].seq_id] for index in sampled.tolist()]
         scored = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         # Log-probabilities are of the model's own distribution, before the sampler edits the scores.
-        untouched_RV = logits_RV[scored] if scored else None
-        choices = self._sampler.choose(logits_RV, states)
-        logprobs: dict[int, TokenLogprob] = {}
+        untouched_RV = logits_RV[self._transfers.upload(np.array(scored))] if scored else None
+        sampling = Sampling([state.seq_id for state in states], inputs.owner_B[sampled], position_B[sampled])
+        chosen = self._sampler.choose(logits_RV, sampling)
+        self._last_tokens.keep(owners_R, chosen.token_ids_R)
+        findings.sampled = sampled.tolist()
+        findings.token_ids_R = self._transfers.download(chosen.token_ids_R)
+        findings.best_R = self._transfers.download(chosen.best_R)
         if untouched_RV is not None:
-            chosen = [choices[row].token_id for row in scored]
+            token_ids = chosen.token_ids_R[self._transfers.upload(np.array(scored))]
             num_top = [states[row].params.logprobs or 0 for row in scored]
-            logprobs = dict(zip(scored, token_logprobs(untouched_RV, chosen, num_top), strict=True))
-        results = []
-        for row, (state, choice) in enumerate(zip(states, choices, strict=True)):
-            if choice.error is not None:
-                results.append(SequenceResult(state.seq_id, error=choice.error))
-                continue
-            state.append(choice.token_id)
-            try:
-                complete = any([hook.accept(state.seq_id, choice.token_id) for hook in self._hooks])
-            except InvalidRequest as error:
-                results.append(SequenceResult(state.seq_id, error=str(error)))
-                continue
-            results.append(
-                SequenceResult(
-                    state.seq_id,
-                    token_ids=(choice.token_id,),
-                    logprobs=(logprobs[row],) if row in logprobs else (),
-                    complete=complete,
-                )
-            )
-        return results
+            findings.scored = scored
+            findings.logprobs = score_tokens(untouched_RV, token_ids, num_top, self._transfers)
 
 
-def _pool_rows(state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -> SequenceResult:
+def _pool_rows(state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -> torch.Tensor | None:
     """Mean or last hidden row of a prompt, scaled to length one, once its last slice is computed."""
     if state.pooling == "mean":
         total = rows_TD.float().sum(0)
         state.hidden_sum_D = total if state.hidden_sum_D is None else state.hidden_sum_D + total
     if piece.start + piece.num_tokens < state.num_prompt_tokens:
-        return SequenceResult(piece.seq_id)
+        return None
     vector_D = (
         rows_TD[-1].float() if state.hidden_sum_D is None else state.hidden_sum_D / state.num_prompt_tokens
     )
-    unit_D = torch.nn.functional.normalize(vector_D, dim=0)
-    return SequenceResult(piece.seq_id, embedding=tuple(unit_D.tolist()))
+    return torch.nn.functional.normalize(vector_D, dim=0)

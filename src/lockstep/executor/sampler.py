@@ -1,138 +1,155 @@
 """Chooses the next token of each row.
 
-Shapes: R rows, V vocabulary.
+Shapes: R rows, V vocabulary, D rows that draw, E of them rounded up, S slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lockstep.executor.draws import uniform
+from lockstep.core.step import SequenceStart
+from lockstep.executor.draws import uniforms
+from lockstep.executor.edits import ScoreEdits
 from lockstep.executor.hooks import SamplerHook
-from lockstep.executor.sequences import SequenceState
-from lockstep.ops.top_k_top_p_sample.kernels.torch import top_k_top_p_sample
+from lockstep.executor.transfers import Transfers
+from lockstep.ops.argmax.kernels.torch import KERNELS as STOCK_ARGMAX
+from lockstep.ops.contract import Kernel
+from lockstep.ops.top_k_top_p_sample.kernels.torch import KERNELS as STOCK_SAMPLE
+from lockstep.ops.top_k_top_p_sample.kernels.torch import sample_unfiltered
 
-Sample = Callable[..., torch.Tensor]
-"""A kernel of the operator top_k_top_p_sample."""
+_ALIGNED = 16
+"""Columns begin at multiples of this many entries, so that one compiled kernel serves any number of rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A row's token, or why there is none."""
+class SamplingKernels:
+    """Kernels of the operators argmax and top_k_top_p_sample. Left out, those of torch, which run anywhere."""
 
-    token_id: int
-    error: str | None = None
+    argmax: Kernel = STOCK_ARGMAX[0]
+    sample: Kernel = STOCK_SAMPLE[0]
+
+
+STOCK = SamplingKernels()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which rows of scores belong to whom: sequences by id and slot, and the position of the token to be chosen."""
+
+    seq_ids: Sequence[int]
+    slot_R: np.ndarray
+    position_R: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Tokens int64 [R], and the best score of each row, from which `explain` tells whether there was a choice."""
+
+    token_ids_R: torch.Tensor
+    best_R: torch.Tensor
 
 
 class Sampler:
     """Penalties, bias, bans, hooks, then greedy or seeded choice, per row and whatever shares the batch.
 
-    `eos_token_ids` are banned, like a request's stop ids, until its `min_tokens` are reached. `sample` is the kernel
-    that is bound for the draws.
+    `eos_token_ids` are banned, like a request's stop ids, until its `min_tokens` are reached. Nothing here
+    waits for the device, unless a hook does, or filters meet a kernel that asks the host.
     """
 
     def __init__(
         self,
+        max_sequences: int,
+        vocab_size: int,
         eos_token_ids: Sequence[int],
+        transfers: Transfers,
         hooks: Sequence[SamplerHook] = (),
-        sample: Sample = top_k_top_p_sample,
+        kernels: SamplingKernels = STOCK,
     ) -> None:
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._vocab_size = vocab_size
+        self._transfers = transfers
         self._hooks = tuple(hooks)
-        self._sample = sample
+        self._kernels = kernels
+        self._edits = ScoreEdits(max_sequences, eos_token_ids, transfers)
+        self._draws_S = np.zeros(max_sequences + 1, dtype=bool)
+        self._seed_S = np.zeros(max_sequences + 1, dtype=np.uint64)
+        self._filters_S4 = np.zeros((max_sequences + 1, 4), dtype=np.float64)
+        self._is_filtered_S = np.zeros(max_sequences + 1, dtype=bool)
 
-    def choose(self, logits_RV: torch.Tensor, states: Sequence[SequenceState]) -> list[Choice]:
-        """One choice a row. May overwrite `logits_RV` (float32)."""
-        seq_ids = [state.seq_id for state in states]
-        for row, state in enumerate(states):
-            if _changes_logits(state, self._eos_token_ids):
-                self._edit(logits_RV[row], state)
+    def start(self, slot: int, start: SequenceStart) -> None:
+        """A sequence enters in this slot, for the first time or after a preemption."""
+        params = start.params
+        self._draws_S[slot] = not params.greedy
+        self._seed_S[slot] = (params.seed or 0) % 2**64
+        filters = (params.temperature, params.top_p, params.min_p, params.top_k)
+        # top_k 1 is the greedy choice: beside rows that draw, such a row may pass through the same kernel.
+        self._filters_S4[slot] = (1, 1, 0, 1) if params.greedy else filters
+        self._is_filtered_S[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self._edits.start(slot, start, self._vocab_size)
+
+    def end(self, slot: int) -> None:
+        """The sequence of this slot left."""
+        self._edits.end(slot)
+
+    def choose(self, logits_RV: torch.Tensor, sampling: Sampling) -> Chosen:
+        """One token a row, in stream order. May overwrite `logits_RV` (float32)."""
+        self._edits.apply(logits_RV, sampling.slot_R, sampling.position_R)
         for hook in self._hooks:
-            if hook.active(seq_ids):
-                hook.mask(seq_ids, logits_RV)
-        best_values, token_ids = _likeliest(logits_RV)
-        random_rows = [row for row, state in enumerate(states) if not state.params.greedy]
-        if random_rows:
-            self._draw(logits_RV, states, random_rows, token_ids)
-        return [
-            Choice(token_id) if value - value == 0 else Choice(token_id, _explain(value))
-            for token_id, value in zip(token_ids, best_values, strict=True)
-        ]
+            if hook.active(sampling.seq_ids):
+                hook.mask(sampling.seq_ids, logits_RV)
+        best_R, token_ids_R = self._kernels.argmax.function(logits_RV)
+        if self._draws_S[sampling.slot_R].any():
+            token_ids_R = self._draw(logits_RV, sampling, token_ids_R)
+        self._edits.count(sampling.slot_R, token_ids_R)
+        return Chosen(token_ids_R, best_R)
 
-    def _edit(self, logits_V: torch.Tensor, state: SequenceState) -> None:
-        params = state.params
-        if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted(set(state.token_ids)), device=logits_V.device)
-            values = logits_V[seen]
-            logits_V[seen] = torch.where(
-                values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+    def _draw(self, logits_RV: torch.Tensor, sampling: Sampling, token_ids_R: torch.Tensor) -> torch.Tensor:
+        """The greedy choice, replaced by a seeded draw in the rows that ask for one."""
+        sample = self._kernels.sample
+        if not sample.asks_host:
+            drawn_R: torch.Tensor = sample.function(
+                logits_RV, *self._wanted(sampling.slot_R, sampling.position_R)
             )
-        if (params.presence_penalty or params.frequency_penalty) and state.generated_counts:
-            ids = torch.tensor(list(state.generated_counts), device=logits_V.device)
-            counts = torch.tensor(list(state.generated_counts.values()), device=logits_V.device)
-            logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
-            logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
-        if state.num_generated_tokens < params.min_tokens:
-            banned = [
-                token_id
-                for token_id in (*self._eos_token_ids, *params.stop_token_ids)
-                if token_id < len(logits_V)
-            ]
-            logits_V[banned] = float("-inf")
+            return drawn_R
+        # The rows that such a kernel need not see are kept from it: nobody is to wait for those without filters.
+        draws_R, is_filtered_R = self._draws_S[sampling.slot_R], self._is_filtered_S[sampling.slot_R]
+        for is_drawn_R, draw in (
+            (draws_R & ~is_filtered_R, sample_unfiltered),
+            (draws_R & is_filtered_R, sample.function),
+        ):
+            rows = np.nonzero(is_drawn_R)[0]
+            if len(rows) == 0:
+                continue
+            wanted = self._wanted(sampling.slot_R[rows], sampling.position_R[rows])
+            if len(rows) == len(token_ids_R):
+                token_ids_R = draw(logits_RV, *wanted)
+            else:
+                row_D = self._transfers.upload(rows)
+                drawn_D = draw(logits_RV.index_select(0, row_D), *wanted)
+                token_ids_R = token_ids_R.index_copy(0, row_D, drawn_D)
+        return token_ids_R
 
-    def _draw(
-        self, logits_RV: torch.Tensor, states: Sequence[SequenceState], rows: list[int], token_ids: list[int]
-    ) -> None:
-        """Replaces the greedy choice of `rows` by a seeded draw."""
-        drawing = [states[row] for row in rows]
-        device = logits_RV.device
-        drawn_R = self._sample(
-            logits_RV if len(rows) == len(states) else logits_RV[rows],
-            _column(drawing, "temperature", torch.float32, device),
-            _column(drawing, "top_k", torch.int64, device),
-            _column(drawing, "top_p", torch.float32, device),
-            _column(drawing, "min_p", torch.float32, device),
-            _uniforms(drawing, device),
-        )
-        for row, token_id in zip(rows, drawn_R.tolist(), strict=True):
-            token_ids[row] = token_id
-
-
-def _likeliest(logits_RV: torch.Tensor) -> tuple[list[float], list[int]]:
-    """The largest score of each row and where it is: the first of equals, or NaN where there is one."""
-    if not logits_RV.is_cpu:
-        best = logits_RV.max(dim=-1)
-        return best.values.tolist(), best.indices.tolist()
-    # numpy finds it about ten times sooner than torch does.
-    scores_RV = logits_RV.numpy()
-    at_R = scores_RV.argmax(axis=-1)
-    return scores_RV[np.arange(len(at_R)), at_R].tolist(), at_R.tolist()
+    def _wanted(self, slot_D: np.ndarray, position_D: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Temperature, top_k, top_p, min_p and draw of these rows, each [D], in one copy."""
+        count = len(slot_D)
+        wide_4E = np.zeros((4, -(-count // _ALIGNED) * _ALIGNED))
+        narrow_4E = wide_4E[2:].view(np.float32).reshape(4, -1)
+        filters_4D = self._filters_S4[slot_D].T
+        wide_4E[0, :count] = uniforms(self._seed_S[slot_D], position_D)
+        wide_4E[1].view(np.int64)[:count] = filters_4D[3]
+        narrow_4E[:3, :count] = filters_4D[:3]
+        there_4E = self._transfers.upload(wide_4E)
+        temperature_D, top_p_D, min_p_D, _ = there_4E[2:].view(torch.float32).view(4, -1)[:, :count]
+        return temperature_D, there_4E[1].view(torch.int64)[:count], top_p_D, min_p_D, there_4E[0, :count]
 
 
-def _changes_logits(state: SequenceState, eos_token_ids: tuple[int, ...]) -> bool:
-    params = state.params
-    banned = state.num_generated_tokens < params.min_tokens and (eos_token_ids or params.stop_token_ids)
-    return bool(params.has_penalties or params.logit_bias or banned)
-
-
-def _explain(value: float) -> str:
-    if value == float("-inf"):
+def explain(best: float) -> str | None:
+    """Why a row whose best score is this has no token; None when it has one."""
+    if best - best == 0:
+        return None
+    if best == float("-inf"):
         return "no token is allowed here: the constraints on this request contradict each other"
     return "the model's scores are not numbers (NaN or infinite); check the weights and --dtype"
-
-
-def _column(
-    states: Sequence[SequenceState], name: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    return torch.tensor([getattr(state.params, name) for state in states], dtype=dtype, device=device)
-
-
-def _uniforms(states: Sequence[SequenceState], device: torch.device) -> torch.Tensor:
-    draws = [uniform(state.params.seed or 0, len(state.token_ids)) for state in states]
-    return torch.tensor(draws, dtype=torch.float64, device=device)

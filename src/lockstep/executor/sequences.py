@@ -1,60 +1,52 @@
-"""What the executor knows of each running sequence."""
+"""What the executor knows of each running sequence.
+
+Shapes: S slots, P pages of the longest sequence. A running sequence has a slot from 1 on; slot 0 is nobody's.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lockstep.core.request import Pooling
 from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceStart, StepPlan
 
+NOBODY = 0
+"""The slot of padding."""
 
-@dataclass
+
+@dataclass(slots=True)
 class SequenceState:
-    """Token ids (prompt and generated), pages, and what sampling has to remember."""
+    """One sequence since it entered. `token_ids` (int64) are those that were known then: what was sampled since is
+    on the device."""
 
     seq_id: int
+    slot: int
     params: SamplingParams
-    token_ids: list[int]
+    token_ids: np.ndarray
     num_prompt_tokens: int
-    page_ids: list[int]
     pooling: Pooling | None
-    generated_counts: Counter[int]
     hidden_sum_D: torch.Tensor | None = None
     error: str | None = None
 
-    @classmethod
-    def begin(cls, start: SequenceStart) -> SequenceState:
-        """A sequence as it enters, for the first time or after a preemption."""
-        return cls(
-            seq_id=start.seq_id,
-            params=start.params,
-            token_ids=list(start.token_ids),
-            num_prompt_tokens=start.num_prompt_tokens,
-            page_ids=list(start.page_ids),
-            pooling=start.pooling,
-            generated_counts=Counter(start.token_ids[start.num_prompt_tokens :]),
-        )
-
-    @property
-    def num_generated_tokens(self) -> int:
-        """Tokens beyond the prompt."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    def append(self, token_id: int) -> None:
-        """A new token was chosen."""
-        self.token_ids.append(token_id)
-        self.generated_counts[token_id] += 1
-
 
 class SequenceTable:
-    """Every running sequence by id; follows the plans and nothing else."""
+    """Every running sequence by id, and what a step reads of many as arrays by slot; follows the plans alone.
 
-    def __init__(self) -> None:
+    `num_known_S` counts the tokens whose ids the host has, `page_ids_SP` holds the page tables. `is_special_S` marks
+    sequences of which more is asked than their next token.
+    """
+
+    def __init__(self, max_sequences: int) -> None:
         self._states: dict[int, SequenceState] = {}
+        self._free_slots = list(range(max_sequences, NOBODY, -1))
+        self._num_pages_S = [0] * (max_sequences + 1)
+        self.num_known_S = np.zeros(max_sequences + 1, dtype=np.int64)
+        self.is_special_S = np.zeros(max_sequences + 1, dtype=bool)
+        self.page_ids_SP = np.zeros((max_sequences + 1, 64), dtype=np.int32)
 
     def __getitem__(self, seq_id: int) -> SequenceState:
         return self._states[seq_id]
@@ -62,11 +54,43 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._states)
 
-    def apply(self, plan: StepPlan) -> None:
-        """Drop what ended, add what started, append new pages."""
-        for seq_id in plan.ended:
-            self._states.pop(seq_id, None)
+    def apply(self, plan: StepPlan) -> list[int]:
+        """Drops what ended, adds what started, appends new pages. Gives the slots that were let go."""
+        left = [state.slot for seq_id in plan.ended if (state := self._states.pop(seq_id, None)) is not None]
+        self._free_slots += left
         for start in plan.started:
-            self._states[start.seq_id] = SequenceState.begin(start)
+            self._begin(start)
         for piece in plan.slices:
-            self._states[piece.seq_id].page_ids.extend(piece.new_page_ids)
+            if piece.new_page_ids:
+                self._append_pages(self._states[piece.seq_id].slot, piece.new_page_ids)
+        return left
+
+    def fail(self, seq_id: int, error: str) -> None:
+        """Nothing more comes of this sequence but the message."""
+        state = self._states[seq_id]
+        state.error = error
+        self.is_special_S[state.slot] = True
+
+    def _begin(self, start: SequenceStart) -> None:
+        slot = self._free_slots.pop()
+        self._states[start.seq_id] = SequenceState(
+            start.seq_id,
+            slot,
+            start.params,
+            np.array(start.token_ids, dtype=np.int64),
+            start.num_prompt_tokens,
+            start.pooling,
+        )
+        self.num_known_S[slot] = len(start.token_ids)
+        self.is_special_S[slot] = start.pooling is not None or start.params.prompt_logprobs is not None
+        self._num_pages_S[slot] = 0
+        self._append_pages(slot, start.page_ids)
+
+    def _append_pages(self, slot: int, page_ids: tuple[int, ...]) -> None:
+        first = self._num_pages_S[slot]
+        end = self._num_pages_S[slot] = first + len(page_ids)
+        if end > self.page_ids_SP.shape[1]:
+            grown_SP = np.zeros((len(self.page_ids_SP), 2 * end), dtype=np.int32)
+            grown_SP[:, : self.page_ids_SP.shape[1]] = self.page_ids_SP
+            self.page_ids_SP = grown_SP
+        self.page_ids_SP[slot, first:end] = page_ids

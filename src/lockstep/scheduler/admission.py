@@ -27,6 +27,8 @@ class Admission:
 
         None when there is no room; then nothing changed, but its cached prefix may count as just used.
         """
+        if sequence.num_awaited:
+            return None  # preempted while a step in flight finds its next token
         limits, pages = self._limits, self._pages
         num_reserved = num_running * limits.num_pages_for(GROWTH_TOKENS)
         if num_running >= limits.max_running_sequences or pages.num_pages_available <= num_reserved:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
+from lockstep.core.step import PageCopy, SequenceStart, StepPlan, TokenSlice
+from lockstep.kv.index.page_index import PageTable
 from lockstep.scheduler.sequence import Sequence
 
 
 class Batch:
-    """Slices within a budget of rows, each with its sequence."""
+    """Slices within a budget of rows, each with its sequence and the page table that it is computed on."""
 
     def __init__(self, num_rows: int) -> None:
         self.rows_left = num_rows
         self.sequences: list[Sequence] = []
+        self.tables: list[PageTable] = []
         self._started: list[SequenceStart] = []
         self._slices: list[TokenSlice] = []
+        self._must_land = False
 
     def start(self, start: SequenceStart) -> None:
         self._started.append(start)
 
     def add(self, sequence: Sequence, num_rows: int, new_page_ids: tuple[int, ...]) -> None:
-        """Computes the next `num_rows` owed tokens of the sequence."""
+        """Computes the next `num_rows` owed tokens of a running sequence; from now on they count as computed."""
         start = sequence.num_computed
-        samples = start + num_rows == len(sequence.token_ids) and sequence.group.request.pooling is None
+        end = sequence.num_computed = start + num_rows
+        samples = not sequence.embeds and end == len(sequence.token_ids) + sequence.num_awaited
+        if samples:
+            sequence.num_awaited += 1
+            self._must_land |= sequence.must_land
+        assert sequence.table is not None
         self._slices.append(TokenSlice(sequence.seq_id, start, num_rows, new_page_ids, samples))
         self.sequences.append(sequence)
+        self.tables.append(sequence.table)
         self.rows_left -= num_rows
 
-    def plan(self, step_id: int, ended: tuple[int, ...]) -> StepPlan:
-        return StepPlan(step_id, tuple(self._started), ended, tuple(self._slices))
+    def plan(self, step_id: int, ended: tuple[int, ...], page_copies: tuple[PageCopy, ...]) -> StepPlan:
+        return StepPlan(step_id, tuple(self._started), ended, tuple(self._slices), self._must_land, page_copies)

@@ -18,7 +18,8 @@ class SchedulerLimits:
     `max_running_requests` counts running sequences: a request with n choices counts n. `chunk_tokens` bounds
     the rows of one step, decode included. `max_queued_requests` bounds the requests of which nothing has run
     yet. `context_length` bounds prompt plus generated tokens. `eos_token_ids` end generation unless a request
-    ignores them. Raises ConfigError naming the field.
+    ignores them. `max_plans_in_flight` bounds the plans whose results are awaited. `num_host_pages` hold cached
+    prefixes that had to leave the pool. Raises ConfigError naming the field.
     """
 
     max_running_requests: int
@@ -30,6 +31,8 @@ class SchedulerLimits:
     policy: Policy = "fcfs"
     eos_token_ids: tuple[int, ...] = ()
     enable_prefix_cache: bool = True
+    num_host_pages: int = 0
+    max_plans_in_flight: int = 1
 
     def __post_init__(self) -> None:
         counts = (
@@ -39,6 +42,7 @@ class SchedulerLimits:
             "context_length",
             "page_size",
             "num_pages",
+            "max_plans_in_flight",
         )
         for name in counts:
             value = getattr(self, name)

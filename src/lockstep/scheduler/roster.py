@@ -70,8 +70,8 @@ class Roster:
     def preempt_worst(self) -> None:
         """The running sequence of the worst rank gives up its pages and waits to be computed again.
 
-        What it computed stays in the prefix cache until the pages are needed, so often little is computed
-        twice.
+        Its tokens in flight still count. What it computed stays in the prefix cache until the pages are needed,
+        so often little is computed twice.
         """
         sequence = self.running[-1]
         self._stop_running(sequence, keep=True)
@@ -80,6 +80,7 @@ class Roster:
     def discard(self, sequence: Sequence, *, keep: bool) -> None:
         """The sequence has ended. `keep` says whether its computed pages may serve others."""
         group = sequence.group
+        sequence.ended = True
         if sequence.table is not None:
             self._stop_running(sequence, keep=keep)
         elif sequence in group.held:
@@ -125,9 +126,10 @@ class Roster:
         table = sequence.table
         assert table is not None
         self.running.remove(sequence)
-        self._pages.release(table, sequence.token_ids if keep else (), sequence.num_computed if keep else 0)
+        # Steps in flight may still write to these pages; whoever gets them writes and reads in later steps.
+        self._pages.release(table, sequence.token_ids if keep else (), sequence.num_landed if keep else 0)
         sequence.table = None
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_landed = 0
         self._departed.append(sequence.seq_id)
 
     def _uncount(self, sequence: Sequence) -> None:
@@ -137,9 +139,14 @@ class Roster:
 
 def _check_running(sequence: Sequence) -> None:
     table = sequence.table
-    if table is None or sequence.num_owed < 1:
-        raise IntegrityError(f"running sequence {sequence.seq_id} has no pages or owes nothing")
-    if not table.num_cached_tokens <= sequence.num_computed <= table.num_slots:
+    if table is None:
+        raise IntegrityError(f"running sequence {sequence.seq_id} has no pages")
+    if not table.num_cached_tokens <= sequence.num_landed <= sequence.num_computed <= table.num_slots:
         raise IntegrityError(f"running sequence {sequence.seq_id} computed more tokens than it has slots")
-    if sequence.num_generated >= sequence.max_new_tokens:
+    if sequence.num_landed > len(sequence.token_ids):
+        raise IntegrityError(f"running sequence {sequence.seq_id} counts tokens as computed that nobody knows")
+    if (
+        sequence.num_generated >= sequence.max_new_tokens
+        or sequence.num_generated + sequence.num_awaited > sequence.max_new_tokens
+    ):
         raise IntegrityError(f"running sequence {sequence.seq_id} goes on after its last token")

@@ -3,22 +3,23 @@
 One rule covers prompts, chunks, decode and recompute: a sequence owes the tokens that it knows but has not
 computed, and a step computes some of what is owed.
 
-Plans and results alternate strictly; requests may come and be aborted at any time between them. To have one
-plan in flight while the next is made, four things would change: `num_computed` would advance when a slice is
-planned; the token that a slice in flight will find would be owed as a placeholder, which the executor fills; a
-sequence that turns out to have ended one step later would have its surplus row dropped; and pages released
-meanwhile would rest until the plan in flight, which may still write to them, has landed.
+Up to `max_plans_in_flight` plans await their results, which come in the order of the plans. What a plan computes
+counts as computed once it is planned, and each sequence that it samples owes one more token, whose id its result
+brings. A sequence whose result says that it has ended may be in a later plan already: that row is discarded. Pages are
+free for others at once, for steps run one after the other; but only tokens whose results have come are cached as
+prefixes. Requests may come and be aborted at any time.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
 
 from lockstep.core.errors import IntegrityError
 from lockstep.core.output import EngineStats
 from lockstep.core.request import FinishReason, Request
 from lockstep.core.step import SequenceEvent, SequenceResult, StepPlan, StepResult, TokenSlice
-from lockstep.kv.index.page_index import PageIndex
+from lockstep.kv.index.page_index import PageIndex, PageTable
 from lockstep.scheduler.admission import Admission
 from lockstep.scheduler.batch import Batch
 from lockstep.scheduler.finishing import new_prompt_logprobs, take_tokens
@@ -31,10 +32,11 @@ from lockstep.scheduler.totals import Totals
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A plan whose result is awaited, with the sequence of each slice."""
+    """A plan whose result is awaited, with the sequence of each slice and the page table that it is computed on."""
 
     plan: StepPlan
     sequences: list[Sequence]
+    tables: list[PageTable]
 
 
 class Scheduler:
@@ -47,18 +49,21 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
         self._pages = PageIndex(
-            limits.num_pages, limits.page_size, enable_prefix_cache=limits.enable_prefix_cache
+            limits.num_pages,
+            limits.page_size,
+            enable_prefix_cache=limits.enable_prefix_cache,
+            num_host_pages=limits.num_host_pages,
         )
         self._roster = Roster(limits, self._pages)
         self._admission = Admission(limits, self._pages)
         self._totals = Totals()
         self._num_sequences = 0
-        self._in_flight: _InFlight | None = None
+        self._in_flight: deque[_InFlight] = deque()
 
     @property
     def has_work(self) -> bool:
-        """Whether `plan` would return a plan, once the one in flight has its result."""
-        return self._roster.num_requests > 0
+        """Whether a request is unfinished or a result is awaited."""
+        return self._roster.num_requests > 0 or bool(self._in_flight)
 
     @property
     def num_running(self) -> int:
@@ -91,39 +96,38 @@ class Scheduler:
         return [self._end(sequence, reason) for sequence in list(group.unfinished.values())]
 
     def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute.
+        """The next step, or None when there is nothing to compute before another result comes.
 
         Sequences that ended since the last plan are named in the next one; they alone are no reason for a plan.
-        Raises IntegrityError while the result of the previous plan is awaited.
+        Raises IntegrityError while as many results are awaited as may be, or the last plan `must_land`.
         """
-        if self._in_flight is not None:
-            step_id = self._in_flight.plan.step_id
-            raise IntegrityError(
-                f"step {step_id} is in flight: give its result to update() before the next plan()"
-            )
+        self._require_turn()
         batch = Batch(self.limits.chunk_tokens)
         preempted = self._continue_running(batch)
         if not preempted:
             self._admit_waiting(batch)
         if not batch.sequences:
             return None
-        plan = batch.plan(self._totals.num_steps, self._roster.take_departed())
+        plan = batch.plan(self._totals.num_steps, self._roster.take_departed(), self._pages.take_copies())
         self._totals.num_steps += 1
         self._totals.last_step_tokens = self.limits.chunk_tokens - batch.rows_left
-        self._in_flight = _InFlight(plan, batch.sequences)
+        self._in_flight.append(_InFlight(plan, batch.sequences, batch.tables))
         return plan
 
     def update(self, result: StepResult) -> list[SequenceEvent]:
-        """Takes the result of the plan in flight and says what became of each sequence, in plan order.
+        """Takes the result of the oldest plan in flight and says what became of each sequence, in plan order.
 
         Raises IntegrityError when the result does not answer that plan.
         """
         flight = self._land(result)
         events = []
-        for sequence, piece, found in zip(flight.sequences, flight.plan.slices, result.sequences, strict=True):
-            if sequence.table is None:
-                continue  # aborted while the step ran
-            event = self._take(sequence, piece, found)
+        for sequence, table, piece, found in zip(
+            flight.sequences, flight.tables, flight.plan.slices, result.sequences, strict=True
+        ):
+            if sequence.ended:
+                self._totals.num_discarded_rows += piece.num_tokens
+                continue
+            event = self._take(sequence, table, piece, found)
             if event is not None:
                 events.append(event)
         return events
@@ -140,6 +144,9 @@ class Scheduler:
             num_pages_total=self._pages.num_pages_total,
             num_pages_in_use=self._pages.num_pages_in_use,
             num_pages_cached=self._pages.num_pages_cached,
+            num_host_pages_total=self._pages.num_host_pages_total,
+            num_host_pages_cached=self._pages.num_host_pages_cached,
+            num_host_cached_tokens=self._pages.num_host_cached_tokens,
             page_size=self.limits.page_size,
             **asdict(self._totals),
         )
@@ -147,6 +154,25 @@ class Scheduler:
     def check(self) -> None:
         """Raises IntegrityError when pages, locks, places or counts contradict each other. For tests: slow."""
         self._roster.check()
+        landing: dict[PageTable, int] = {}
+        awaited: Counter[Sequence] = Counter()
+        for flight in self._in_flight:
+            for sequence, table, piece in zip(flight.sequences, flight.tables, flight.plan.slices, strict=True):
+                landing[table] = piece.start + piece.num_tokens
+                awaited[sequence] += piece.samples
+        for sequence in [*self._roster.running, *self._roster.waiting]:
+            if sequence.num_awaited != awaited[sequence]:
+                raise IntegrityError(
+                    f"sequence {sequence.seq_id} awaits other tokens than plans in flight sample"
+                )
+        for sequence in self._roster.running:
+            num_coming = landing.get(sequence.table, sequence.num_landed) if sequence.table else -1
+            if num_coming != sequence.num_computed:
+                raise IntegrityError(
+                    f"sequence {sequence.seq_id} counts other tokens as computed than steps compute"
+                )
+            if sequence.num_owed < 1 and sequence.table not in landing:
+                raise IntegrityError(f"running sequence {sequence.seq_id} owes nothing")
 
     def _continue_running(self, batch: Batch) -> bool:
         """Plans rows of every running sequence, best rank first; returns whether one was preempted for pages.
@@ -159,6 +185,9 @@ class Scheduler:
         position = 0
         while position < len(running):
             sequence = running[position]
+            if sequence.awaits_end:
+                position += 1
+                continue
             table = sequence.table
             assert table is not None
             one_row_for_each_after = len(running) - position - 1
@@ -191,11 +220,20 @@ class Scheduler:
             batch.start(start)
             batch.add(sequence, min(sequence.num_owed, batch.rows_left), new_page_ids)
 
+    def _require_turn(self) -> None:
+        if not self._in_flight:
+            return
+        last = self._in_flight[-1].plan
+        if last.must_land or len(self._in_flight) == self.limits.max_plans_in_flight:
+            raise IntegrityError(
+                f"step {last.step_id} is in flight: give its result to update() before the next plan()"
+            )
+
     def _land(self, result: StepResult) -> _InFlight:
         """The plan that `result` answers, no longer in flight."""
-        flight = self._in_flight
-        if flight is None:
+        if not self._in_flight:
             raise IntegrityError(f"a result of step {result.step_id} arrived, but no step is in flight")
+        flight = self._in_flight[0]
         planned = [piece.seq_id for piece in flight.plan.slices]
         found = [sequence.seq_id for sequence in result.sequences]
         if result.step_id != flight.plan.step_id or found != planned:
@@ -203,17 +241,20 @@ class Scheduler:
                 f"step {flight.plan.step_id} with sequences {planned} is in flight, but the result is of "
                 f"step {result.step_id} with sequences {found}"
             )
-        self._in_flight = None
-        return flight
+        return self._in_flight.popleft()
 
-    def _take(self, sequence: Sequence, piece: TokenSlice, found: SequenceResult) -> SequenceEvent | None:
-        """What the step means for one running sequence; None when there is no news for the client."""
+    def _take(
+        self, sequence: Sequence, table: PageTable, piece: TokenSlice, found: SequenceResult
+    ) -> SequenceEvent | None:
+        """What the step means for one unfinished sequence; None when there is no news for the client."""
         if found.error is not None:
             return self._end(sequence, "error", error=found.error)
+        sequence.num_awaited -= piece.samples
         _require_answer(sequence, piece, found)
-        sequence.num_computed = piece.start + piece.num_tokens
-        if sequence.prefilling:
-            self._prompt_progressed(sequence)
+        if sequence.table is table:  # else it was preempted since, and the slice is lost with its pages
+            sequence.num_landed = piece.start + piece.num_tokens
+            if sequence.prefilling:
+                self._prompt_progressed(sequence)
         if found.embedding is not None:
             return self._end(sequence, "stop", embedding=found.embedding)
         prompt_logprobs = new_prompt_logprobs(sequence, piece, found.prompt_logprobs)
@@ -238,8 +279,8 @@ class Scheduler:
     def _prompt_progressed(self, sequence: Sequence) -> None:
         """Shares the pages computed so far; at the end of the prompt, the siblings may come and use them."""
         assert sequence.table is not None
-        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_computed)
-        if sequence.num_owed == 0:
+        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_landed)
+        if sequence.num_landed == len(sequence.token_ids):
             sequence.prefilling = False
             self._roster.unhold(sequence.group)
 
@@ -276,9 +317,13 @@ def _require_answer(sequence: Sequence, piece: TokenSlice, found: SequenceResult
     if piece.samples:
         answered = bool(found.token_ids) or found.complete
     else:
-        embeds = sequence.group.request.pooling is not None
         is_last = piece.start + piece.num_tokens == len(sequence.token_ids)
-        answered = not found.token_ids and (found.embedding is not None) == (embeds and is_last)
+        answered = not found.token_ids and (found.embedding is not None) == (sequence.embeds and is_last)
+    if len(found.token_ids) > 1 and sequence.num_awaited:
+        raise IntegrityError(
+            f"the result for sequence {piece.seq_id} has {len(found.token_ids)} tokens, but a later plan in flight "
+            "counts on one"
+        )
     if not answered:
         raise IntegrityError(
             f"the result for sequence {piece.seq_id} does not answer its slice from token {piece.start}: "

@@ -13,7 +13,10 @@ Rank = tuple[int, int, int]
 
 
 class Sequence:
-    """The tokens known of one choice, and how many of them are computed. The difference is owed.
+    """The tokens of one choice, and how many of them are computed. The difference is owed.
+
+    The last `num_awaited` tokens are sampled by plans in flight, so their ids are not in `token_ids` yet.
+    `num_computed` counts what plans in flight compute too, `num_landed` only what results have confirmed.
 
     It runs exactly while it has a page `table`. `rank` orders both the queue and the running sequences: by
     priority, then those that have run before (in order of admission), then the new ones (in order of arrival).
@@ -21,12 +24,17 @@ class Sequence:
     """
 
     __slots__ = (
+        "embeds",
+        "ended",
         "group",
         "index",
         "max_new_tokens",
         "min_tokens",
+        "must_land",
+        "num_awaited",
         "num_cached_tokens",
         "num_computed",
+        "num_landed",
         "num_prompt_rows_reported",
         "num_prompt_tokens",
         "params",
@@ -60,7 +68,12 @@ class Sequence:
         self.stop_token_ids: Final = stop_token_ids
         self.num_prompt_tokens: Final = len(group.request.prompt_token_ids)
         self.token_ids = list(group.request.prompt_token_ids)
+        self.embeds: Final = group.request.pooling is not None
+        self.must_land: Final = params.grammar is not None
         self.num_computed = 0
+        self.num_landed = 0
+        self.num_awaited = 0
+        self.ended = False
         self.rank: Rank = (priority, 1, seq_id)
         self.table: PageTable | None = None
         self.prefilling = False
@@ -71,8 +84,14 @@ class Sequence:
 
     @property
     def num_owed(self) -> int:
-        """Known tokens that are not computed."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens, known or awaited, that nothing computes yet."""
+        return len(self.token_ids) + self.num_awaited - self.num_computed
+
+    @property
+    def awaits_end(self) -> bool:
+        """Whether the tokens in flight are the last that it may have, so that nothing of it is to be planned."""
+        num_coming = len(self.token_ids) + self.num_awaited
+        return num_coming - self.num_prompt_tokens >= self.max_new_tokens or num_coming == self.num_computed
 
     @property
     def num_generated(self) -> int:
@@ -97,7 +116,7 @@ class Sequence:
         """Starts to run on a page table that holds no more than its cached prefix."""
         num_cached = table.num_cached_tokens
         self.table = table
-        self.num_computed = num_cached
+        self.num_computed = self.num_landed = num_cached
         self.prefilling = True
         if self.num_cached_tokens is None:
             self.num_cached_tokens = num_cached

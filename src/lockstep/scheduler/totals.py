@@ -20,6 +20,7 @@ class Totals:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_discarded_rows: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     last_step_tokens: int = 0

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lockstep.core.errors import IntegrityError
+from lockstep.core.step import PageCopy
 from lockstep.kv.index.allocator import PageAllocator
+from lockstep.kv.index.host_pages import HostPages
 from lockstep.kv.index.radix_tree import Node, RadixTree
 
 
@@ -14,18 +16,18 @@ class PageTable:
     """The pages of one sequence, in token order. Only PageIndex changes it.
 
     The first `num_shared_pages` belong to the prefix tree, which keeps them while this table lives (`node` is
-    locked); the rest belong to this sequence alone. `num_cached_tokens` had KV when the table was made.
-    `num_slots` tokens fit without growing.
+    locked); the rest belong to this sequence alone. `num_cached_tokens` had KV when the table was made; that of the
+    last ones may be on the host, and gets its pages when the table grows. `num_slots` tokens fit without growing.
     """
 
     __slots__ = ("node", "num_cached_tokens", "num_shared_pages", "num_slots", "page_ids")
 
-    def __init__(self, node: Node, page_ids: list[int], page_size: int) -> None:
+    def __init__(self, node: Node, page_ids: list[int], num_on_host: int, page_size: int) -> None:
         self.node = node
         self.page_ids = page_ids
         self.num_shared_pages = len(page_ids)
         self.num_slots = len(page_ids) * page_size
-        self.num_cached_tokens = self.num_slots
+        self.num_cached_tokens = self.num_slots + num_on_host * page_size
 
 
 class PageIndex:
@@ -33,14 +35,18 @@ class PageIndex:
 
     A sequence's life: `begin`, then `grow` before and `commit` after a step, then `release`. Shared pages are
     always a prefix of a table and always full, so nobody writes to them. Without the prefix cache every page is
-    private to its sequence, and everything else is the same.
+    private to its sequence, and everything else is the same. With `num_host_pages`, cached prefixes that must make room
+    go to the host and come back when they are asked for; `take_copies` says what is to be copied for that.
     """
 
-    def __init__(self, num_pages: int, page_size: int, *, enable_prefix_cache: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, *, enable_prefix_cache: bool = True, num_host_pages: int = 0
+    ) -> None:
         self.page_size = page_size
         self._enable_prefix_cache = enable_prefix_cache
         self._allocator = PageAllocator(num_pages)
-        self._tree = RadixTree(page_size)
+        self._host = HostPages(num_host_pages)
+        self._tree = RadixTree(page_size, self._host if num_host_pages else None)
         self._tables: dict[PageTable, None] = {}
 
     @property
@@ -63,6 +69,21 @@ class PageIndex:
         return self._allocator.num_free + self._tree.num_evictable_pages
 
     @property
+    def num_host_pages_total(self) -> int:
+        """Pages of the host behind the device's."""
+        return self._host.num_total
+
+    @property
+    def num_host_pages_cached(self) -> int:
+        """Those that hold a prefix."""
+        return self._host.num_total - self._host.num_free
+
+    @property
+    def num_host_cached_tokens(self) -> int:
+        """Tokens whose KV came back from the host so far."""
+        return self._host.num_loaded * self.page_size
+
+    @property
     def num_pages_in_use(self) -> int:
         """Pages of live sequences; a shared page counts once."""
         return self.num_pages_total - self.num_pages_available
@@ -79,28 +100,41 @@ class PageIndex:
         """
         limit = len(token_ids) - 1 if use_cache else 0
         node, page_ids = self._tree.match(token_ids, limit)
+        start = len(page_ids) * self.page_size
+        node, host_ids = self._tree.match(token_ids, limit, start=start, below=node, tier=self._tree.on_host)
         self._tree.lock(node)
-        table = PageTable(node, page_ids, self.page_size)
+        table = PageTable(node, page_ids, len(host_ids), self.page_size)
         self._tables[table] = None
         return table
 
     def grow(self, table: PageTable, num_tokens: int) -> tuple[int, ...] | None:
         """Adds pages until `num_tokens` tokens fit, evicting cached prefixes if need be.
 
-        Returns the new pages, or None (and changes nothing) when not enough are available.
+        What is cached on the host comes back first. Returns the new pages, or None (and changes nothing) when not
+        enough are available.
         """
-        count = -(-num_tokens // self.page_size) - len(table.page_ids)
-        if count <= 0:
+        awaited = range(len(table.page_ids), table.num_cached_tokens // self.page_size)
+        on_host = self._tree.path_on_host(table.node) if awaited else []
+        # Some of the awaited pages may have come back for another sequence, or been computed anew, meanwhile.
+        num_back = len(awaited) - sum(len(node.page_ids) for node in on_host)
+        count = max(-(-num_tokens // self.page_size), awaited.stop) - len(table.page_ids) - num_back
+        if count <= 0 and not awaited:
             return ()
         missing = count - self._allocator.num_free
         if missing > self._tree.num_evictable_pages:
             return None
         if missing > 0:
             self._allocator.give_back(self._tree.evict(missing))
-        new_page_ids = self._allocator.take(count)
-        table.page_ids.extend(new_page_ids)
+        taken = tuple(self._allocator.take(count))
+        if awaited:
+            taken = self._load(table, on_host, taken)
+        table.page_ids.extend(taken)
         table.num_slots = len(table.page_ids) * self.page_size
-        return tuple(new_page_ids)
+        return taken
+
+    def take_copies(self) -> tuple[PageCopy, ...]:
+        """The copies between device and host that the next step begins with, in order. Given once."""
+        return self._host.take_copies()
 
     def commit(self, table: PageTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Shares the full pages among the first `num_computed` tokens of a living sequence.
@@ -147,7 +181,10 @@ class PageIndex:
         owned = self._allocator.check() + cached
         for table in self._tables:
             shared = table.page_ids[: table.num_shared_pages]
-            if shared != self._tree.path_pages(table.node):
+            path = self._tree.path_pages(table.node)
+            if table.num_slots < table.num_cached_tokens:
+                path = path[: len(shared)]  # the rest is on the host as yet
+            if shared != path:
                 raise IntegrityError("a page table does not start with the cached prefix that it locks")
             if table.num_slots != len(table.page_ids) * self.page_size:
                 raise IntegrityError("a page table counts slots that its pages do not have")
@@ -156,6 +193,19 @@ class PageIndex:
             wrong = {page_id: n for page_id, n in Counter(owned).items() if n > 1}
             lost = sorted(set(range(self.num_pages_total)) - set(owned))
             raise IntegrityError(f"pages without an owner: {lost}; pages with several (id: owners): {wrong}")
+
+    def _load(self, table: PageTable, on_host: Sequence[Node], page_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Brings the rest of the cached prefix that the table locks back to the first of these pages.
+
+        Returns the pages that the table gets: those of the rest of the prefix, then the ones left over.
+        """
+        for node in on_host:
+            mine, page_ids = page_ids[: len(node.page_ids)], page_ids[len(node.page_ids) :]
+            self._host.load(self._tree.adopt(node, mine), mine)
+        shared = self._tree.path_pages(table.node)
+        gained = shared[table.num_shared_pages :]
+        table.num_shared_pages = len(shared)
+        return (*gained, *page_ids)
 
     def _unshared(
         self, table: PageTable, token_ids: Sequence[int], num_computed: int

@@ -1,1 +1,1 @@
-"""The device tensors that hold keys and values. Read first: `pool.py`."""
+"""The tensors that hold keys and values, on the device and behind it on the host. Read first: `pool.py`."""

@@ -1,6 +1,6 @@
 """Paged keys and values.
 
-Shapes: N KV heads of this rank, P pages, S slots of a page, H head dim.
+Shapes: L keys and values of the layers that are alike, N KV heads of this rank, P pages, S slots of a page, H head dim.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class LayerKV:
 
 
 class KVPool:
-    """Keys and values of every layer, in pages of `page_size` slots.
+    """Keys and values of every layer, in pages of `page_size` slots. `stacks` hold those of layers that are alike, one
+    tensor [L, N, P, S, H] each: the keys of a layer, its values, those of the next one.
 
     The pool owns memory and nothing else: which page belongs to whom is kv.index's business. Slot s of page p is
     number p * page_size + s. `allocate` gives zeros on the pool's device: slots that padding reads must be finite,
@@ -55,15 +56,23 @@ class KVPool:
         self.dtype = dtype
         self.total_bytes = sum(shape.bytes_per_token(dtype) for shape in layers) * num_pages * page_size
         try:
-            self.layers = tuple(self._allocate(shape, allocate) for shape in layers)
+            stacks = {
+                shape: self._allocate(shape, layers.count(shape), allocate) for shape in dict.fromkeys(layers)
+            }
         except (RuntimeError, MemoryError, OSError) as error:
             raise OutOfMemory(
                 f"the KV pool needs {self.total_bytes / 2**30:.2f} GiB for {num_pages * page_size} tokens and the "
                 "device does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
             ) from error
+        self.stacks = tuple(stacks.values())
+        tensors = {shape: iter(stack.unbind()) for shape, stack in stacks.items()}
+        self.layers = tuple(LayerKV(next(tensors[shape]), next(tensors[shape])) for shape in layers)
 
     def _allocate(
-        self, shape: KVShape, allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-    ) -> LayerKV:
-        size = (shape.num_kv_heads, self.num_pages, self.page_size, shape.head_dim)
-        return LayerKV(allocate(size, self.dtype), allocate(size, self.dtype))
+        self,
+        shape: KVShape,
+        num_layers: int,
+        allocate: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+    ) -> torch.Tensor:
+        size = (2 * num_layers, shape.num_kv_heads, self.num_pages, self.page_size, shape.head_dim)
+        return allocate(size, self.dtype)

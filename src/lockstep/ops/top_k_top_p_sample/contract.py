@@ -54,13 +54,13 @@ def _cases() -> Iterator[Case]:
                 )
 
 
-def _well_posed(g: torch.Generator, logits_RV: torch.Tensor, most: int) -> _Arguments:
+def _well_posed(g: torch.Generator, logits_RV: torch.Tensor, most: int, first_kind: int = 0) -> _Arguments:
     """Filters and draws that no rounding can tip over: each limit lies in the middle between two tokens.
 
-    Rows take turns: no filter, top-k, top-p, min-p, all of them, top-k and top-p.
+    Rows take turns, from `first_kind` on: no filter, top-k, top-p, min-p, all of them, top-k and top-p.
     """
     num_rows, vocab_size = logits_RV.shape
-    kind_R = torch.arange(num_rows) % 6
+    kind_R = (torch.arange(num_rows) + first_kind) % 6
     temperature_R = 0.5 + torch.rand(num_rows, generator=g)
     weights_RV = scores_of(logits_RV, temperature_R).double().softmax(-1)
     sorted_RV = weights_RV.sort(dim=-1, descending=True, stable=True).values
@@ -152,9 +152,9 @@ def _draw_of_the_next_row(
 
 def _timed(rows: int) -> Case:
     def make(g: torch.Generator) -> _Arguments:
-        return _well_posed(g, normal(g, rows, 128256, dtype=torch.bfloat16, scale=4.0), 50)
+        return _well_posed(g, normal(g, rows, 151936, dtype=torch.float32, scale=4.0), 50, first_kind=4)
 
-    return Case(f"{rows} rows", {"dtype": torch.bfloat16, "vocab_size": 128256}, make)
+    return Case(f"{rows} rows", {"dtype": torch.float32, "vocab_size": 151936}, make)
 
 
 CONTRACT = Contract(
@@ -183,5 +183,5 @@ CONTRACT = Contract(
         "draw from the other end": _draw_from_the_other_end,
         "draw of the next row": _draw_of_the_next_row,
     },
-    workload=Workload("rows of 128256 bfloat16 logits, every kind of filter", (1, 8, 32, 128), _timed),
+    workload=Workload("rows of 151936 float32 logits, every kind of filter", (1, 64, 256), _timed),
 )

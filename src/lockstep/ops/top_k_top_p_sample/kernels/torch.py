@@ -35,6 +35,18 @@ def top_k_top_p_sample(
     return token_ids_R
 
 
+def sample_unfiltered(
+    logits_RV: torch.Tensor,
+    temperature_R: torch.Tensor,
+    top_k_R: torch.Tensor,
+    top_p_R: torch.Tensor,
+    min_p_R: torch.Tensor,
+    draw_R: torch.Tensor,
+) -> torch.Tensor:
+    """The operator for rows that are known to have no filter: nothing is looked at on the host."""
+    return invert(scores_of(logits_RV, temperature_R).softmax(-1), draw_R)
+
+
 def _draw_filtered(
     scores_RV: torch.Tensor,
     weights_RV: torch.Tensor,
