@@ -25,9 +25,12 @@ DEVICES_ALLOWED = {
     ): "shapes without values live on torch's meta device, which is no hardware",
     ("quantization/held.py", "meta"): "as above",
     ("ops/check.py", "cpu"): "the reference runs in float64 on the host, whatever the kernel runs on",
-    ("executor/sampler.py", "logits_RV.is_cpu"): "numpy reads the host's memory alone",
     ("ops/native.py", "cpu"): "the one place that says where the extension's kernels run",
     ("ops/registry.py", "cpu"): "references are verified where the tests run",
+    (
+        "ops/dependent_launch.py",
+        "cuda",
+    ): "Triton's name of the one backend whose launches have the attribute",
     (
         "parallel/processes.py",
         "gloo",

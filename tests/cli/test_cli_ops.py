@@ -156,8 +156,10 @@ def test_explain_shows_refusals_and_strict_refuses_them(
     with_a_kernel_that_refuses(monkeypatch)
     assert main(["ops", "explain", "--platform", "cpu", "--dtype", "float32", "--json"]) == 0
     norm = next(group for group in printed_json(capsys) if group["op"] == "rms_norm")
-    assert norm["kernel"] == "torch" and norm["refused"] == [{"kernel": "native", "reason": "not today"}]
-    assert main(["ops", "explain", "--platform", "cpu", "--dtype", "float32", "--strict-kernels"]) == 2
+    assert norm["kernel"] == "torch" and norm["refused"][0] == {"kernel": "native", "reason": "not today"}
+    # Native products take no float32.
+    strict = ["--strict-kernels", "--force-kernel", "linear=onednn"]
+    assert main(["ops", "explain", "--platform", "cpu", "--dtype", "float32", *strict]) == 2
     assert "--strict-kernels: rms_norm.native refuses" in capsys.readouterr().err
 
 
@@ -202,6 +204,100 @@ def test_forced_kernels_run_and_answer_alike(capsys: Streams, monkeypatch: pytes
     calls.clear()
     assert answered(capsys, "--force-kernel", "*=reference") == expected
     assert set(calls) >= {"rms_norm", "add_rms_norm", "linear", "rope", "kv_store", "silu_and_mul"}
+
+
+SMALL = ("--device", "cpu", "--max-total-tokens", "512", "--context-length", "64")
+
+
+@pytest.mark.parametrize("provider", ["reference", "torch"])
+def test_every_operator_of_the_default_model_can_be_forced(provider: str, capsys: Streams) -> None:
+    """In the model's own dtype, where one kernel computes the whole decoder unless something is forced."""
+    assert main([*QUESTION, *SMALL, "--force-kernel", f"*={provider}"]) == 0
+    assert " Paris" in printed_json(capsys)["text"]
+
+
+def test_a_forced_kernel_serves_the_default_model_in_the_place_of_the_whole_decoder(
+    capsys: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong kernel must change the answer, or whoever looks for one by bisection is told lies."""
+    wrong = kernel("mine", function=lambda x, weight, eps: -exact(x, weight, eps))
+    monkeypatch.setattr(
+        selection, "kernels", lambda op: (*kernels(op), wrong) if op == "rms_norm" else kernels(op)
+    )
+    assert main([*QUESTION, *SMALL, "--force-kernel", "add_rms_norm=torch"]) == 0
+    right = printed_json(capsys)["token_ids"]
+    assert main([*QUESTION, *SMALL, "--force-kernel", "rms_norm=mine"]) == 0
+    assert printed_json(capsys)["token_ids"] != right
+    assert main(["ops", "explain", *SMALL, "--force-kernel", "rms_norm=mine", "--json"]) == 0
+    groups = {group["op"]: group for group in printed_json(capsys)}
+    assert groups["rms_norm"]["kernel"] == "mine" and groups["decoder_forward"]["kernel"] == "parts"
+    reasons = {each["kernel"]: each["reason"] for each in groups["decoder_forward"]["refused"]}
+    assert reasons["native"] == "--force-kernel rms_norm=mine asks for the parts"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--attention-backend", "natve"], "unknown attention backend 'natve'; did you mean 'native'?"),
+        (
+            ["--force-kernel", "moe_align=torch"],
+            "moe_align=torch would change nothing: this model has no call of",
+        ),
+        (
+            ["--force-kernel", "linear=torch"],
+            "linear=torch would change nothing: this model has no call of linear",
+        ),
+        (
+            ["--force-kernel", "rms_norm=torch", "--force-kernel", "rms_norm=native"],
+            "--force-kernel asks for rms_norm=torch and for rms_norm=native; give one of them",
+        ),
+        (
+            ["--force-kernel", "decoder_forward=native", "--force-kernel", "rms_norm=torch"],
+            "decoder_forward=native cannot serve all blocks: --force-kernel rms_norm=torch asks for the parts",
+        ),
+        (
+            ["--force-kernel", "decoder_forward=native", "--attention-backend", "torch"],
+            "decoder_forward=native cannot serve all blocks: --attention-backend torch asks for",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["run", "x"], ["ops", "explain"]])
+def test_choices_that_cannot_be_followed_are_errors(
+    command: list[str], options: list[str], says: str, capsys: Streams
+) -> None:
+    assert main([*command, *SMALL, *options]) == 2
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and not out
+
+
+def test_a_named_attention_backend_serves_the_default_model(capsys: Streams) -> None:
+    assert main(["ops", "explain", *SMALL, "--attention-backend", "torch", "--json"]) == 0
+    groups = {group["op"]: group for group in printed_json(capsys)}
+    assert groups["decoder_forward"]["kernel"] == "parts"
+    assert {groups[op]["kernel"] for op in ("attention_decode", "attention_extend")} == {"torch"}
+
+
+def test_explain_says_what_the_kernel_of_the_whole_decoder_covers(capsys: Streams) -> None:
+    assert main(["ops", "explain", *SMALL, "--json"]) == 0
+    groups = {group["op"]: group for group in printed_json(capsys)}
+    inside = {op for op, group in groups.items() if group["why"] == "inside decoder_forward.native"}
+    assert inside == set(groups) - {"decoder_forward", "argmax", "top_k_top_p_sample"}
+    assert inside >= {"rms_norm", "kv_store", "attention_decode", "attention_extend"}
+    assert {groups[op]["kernel"] for op in inside} == {"decoder_forward.native"}
+
+
+def test_explain_gives_every_other_kernel_a_reason(capsys: Streams) -> None:
+    assert main(["ops", "explain", *SMALL, "--dtype", "float32", "--json"]) == 0
+    groups = [group for group in printed_json(capsys) if not group["kernel"].startswith("parts")]
+    for group in groups:
+        told = {each["kernel"] for each in group["refused"]}
+        assert told == {kernel.provider for kernel in kernels(group["op"])} - {group["kernel"]}
+        is_first = group["why"] == "first in this platform's preference"
+        assert is_first == (group["kernel"] == "native") or group["why"] == "first that accepts"
+    norm = next(group for group in groups if group["op"] == "rms_norm")
+    assert {"kernel": "triton", "reason": "made for cuda, musa, rocm, not cpu"} in norm["refused"]
+    assert main(["ops", "explain", *SMALL, "--dtype", "float32"]) == 0
+    assert "reference, torch: native is bound" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_forced_kernel_whose_needs_are_unmet_says_which(capsys: Streams) -> None:

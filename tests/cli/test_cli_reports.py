@@ -9,7 +9,6 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from lockstep.cli.main import main
 from lockstep.config import Given, ModelFacts, ServerOptions, gather, resolve
 from lockstep.config.components import OPTIONS
 from lockstep.core.capabilities import Capabilities
+from lockstep.executor.memory import MemoryLine
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -94,16 +94,23 @@ def test_explain_config_refuses_what_cannot_work(capsys: Streams) -> None:
 
 def test_explain_memory(opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
     lines = [
-        SimpleNamespace(name="weights", bytes=3 * 2**20, note="float32"),
-        SimpleNamespace(name="KV pool", bytes=2**20, note="256 pages"),
+        MemoryLine("others", 2**30, "other programs", is_own=False),
+        MemoryLine("weights", 3 * 2**20, "float32"),
+        MemoryLine("KV pool", 2**20, "256 pages"),
     ]
-    monkeypatch.setattr(ScriptedLLM, "memory_report", lambda self: lines, raising=False)
+    monkeypatch.setattr(ScriptedLLM, "memory_report", lambda self, measure: lines * measure, raising=False)
     assert main(["explain", "memory"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert ["weights", "3.0", "MiB", "75%", "float32"] in rows
-    assert ["total", "4.0", "MiB"] in rows
+    assert ["others", "1.0", "GiB", "other", "programs"] in rows
+    assert ["total", "4.0", "MiB"] in [row[:3] for row in rows]
     assert main(["explain", "memory", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[1] == {"name": "KV pool", "bytes": 2**20, "note": "256 pages"}
+    assert json.loads(capsys.readouterr().out)[2] == {
+        "name": "KV pool",
+        "bytes": 2**20,
+        "note": "256 pages",
+        "is_own": True,
+    }
     assert all(llm.closed for llm in opened)
 
 

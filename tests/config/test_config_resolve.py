@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from typing import Any
@@ -98,6 +99,7 @@ def test_defaults_on_a_small_host() -> None:
         "max_total_tokens": 65_536,
         "max_running_requests": 64,
         "chunked_prefill_size": 512,
+        "overlap": "off",
         "attention_backend": None,
         "graphs": "off",
     }
@@ -113,6 +115,7 @@ def test_defaults_on_an_accelerator() -> None:
         "max_total_tokens": None,
         "max_running_requests": 256,
         "chunked_prefill_size": 8192,
+        "overlap": "on",
         "mem_fraction_static": 0.88,
         "device": "cuda",
     }
@@ -224,8 +227,34 @@ def test_no_room_for_the_pool(device: Capabilities) -> None:
     with pytest.raises(OutOfMemory) as caught:
         resolved(LARGE, device, available_bytes=8 * GIB)
     text = str(caught.value)
-    assert "--mem-fraction-static" in text and "--context-length" in text and "need" in text
+    assert re.search(r"need [\d.]+ GiB, [\d.]+ GiB more than the [\d.]+ GiB that may be used", text)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("device", [HOST, dataclasses.replace(GPU, num_devices=8)])
+@pytest.mark.parametrize("gibibytes", [9, 12, 15, 16, 17, 24, 29, 31])
+def test_what_is_proposed_fits(device: Capabilities, gibibytes: int) -> None:
+    wanted = {"max_total_tokens": 20_000}
+    try:
+        resolved(LARGE, device, available_bytes=gibibytes * GIB, **wanted)
+        return
+    except OutOfMemory as error:
+        text = str(error)
+    proposed = re.findall(r"--([a-z-]+) ([\w.]+)", text.partition("what would fit: ")[2])
+    for flag, value in proposed:
+        if flag == "context-length":
+            continue
+        name = flag.replace("-", "_")
+        kind = (
+            type(value)
+            if name in ("dtype", "kv_cache_dtype", "quantization")
+            else float
+            if "." in value
+            else int
+        )
+        found = resolved(LARGE, device, available_bytes=gibibytes * GIB, **{**wanted, name: kind(value)})
+        assert getattr(found.config.cache, "max_total_tokens", None)
+    assert proposed or "choose a smaller model" in text
 
 
 def test_an_asked_for_pool_must_fit() -> None:

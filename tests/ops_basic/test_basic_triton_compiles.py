@@ -45,6 +45,8 @@ def compiled(
 def norm(op: str, tile: Tile, target: Any) -> str:
     program = {"rms_norm": "_rms_norm", "add_rms_norm": "_add_rms_norm", "layer_norm": "_layer_norm"}[op]
     constants: dict[str, Any] = {"ROWS": tile.rows, "BLOCK": tile.block}
+    if op == "add_rms_norm":
+        constants["PDL"] = False
     places = ("update_", "residual_") if op == "add_rms_norm" else ("",)
     for place in places:
         constants |= {f"{place}inner": 1, f"{place}column_stride": 1}
@@ -55,7 +57,8 @@ def norm(op: str, tile: Tile, target: Any) -> str:
 
 def activation(number: int, target: Any) -> str:
     tile = elementwise_tile(8192, 14336)
-    constants = {"ACTIVATION": number, "ROWS": tile.rows, "BLOCK": tile.block, "inner": 1, "column_stride": 1}
+    sizes = {"ROWS": tile.rows, "BLOCK": tile.block, "inner": 1, "column_stride": 1}
+    constants = {"PDL": False, "ACTIVATION": number, **sizes}
     return compiled("silu_and_mul", "_activate_and_multiply", {}, constants, tile.num_warps, target)
 
 

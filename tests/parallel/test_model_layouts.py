@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from tiny_models import LAYOUTS, Layout, TinyModel, build_over
 
 from lockstep.attention.backend import Span
 from lockstep.core.errors import ConfigError
-from lockstep.layers.build import Slice
+from lockstep.layers.build import Place, Slice
 from lockstep.models.loading.sources import ShapeWeights
 from lockstep.models.registry import model_classes
 from lockstep.parallel.mesh import Mesh
@@ -32,6 +33,10 @@ class RecordedShapes(ShapeWeights):
     def load(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, part: Slice | None) -> torch.Tensor:
         self.asked.append((name, shape, part))
         return super().load(name, shape, dtype, part)
+
+    def fill(self, places: Sequence[Place]) -> None:
+        self.asked.extend((place.name, place.shape, place.part) for place in places)
+        super().fill(places)
 
 
 def built(layout: Layout, *, tp: int, rank: int) -> tuple[TinyModel, RecordedShapes]:

@@ -147,7 +147,9 @@ def column_parallel_of_shards(patch: pytest.MonkeyPatch) -> None:
 
 def activation_loses_the_shards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        mlp.GatedMLP, "__call__", lambda self, ctx, x: self._down(self._activate(self._gate_up(x).local))
+        mlp.GatedMLP,
+        "__call__",
+        lambda self, ctx, update, residual: (self._down(self._gate_up(update, residual)[0].local), residual),
     )
 
 

@@ -13,7 +13,7 @@ from lockstep.core.errors import KernelError
 from lockstep.ops import selection
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import contracts, kernels
-from lockstep.ops.selection import Binding, KernelSelector
+from lockstep.ops.selection import Binding, KernelSelector, passed_over, require_served
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -67,8 +67,49 @@ def test_the_first_that_accepts_is_bound_and_the_others_say_why_not() -> None:
 def test_preference_orders_and_reference_comes_last_unless_listed() -> None:
     assert bind("good", "reference").why == "first in this platform's preference"
     assert bind("reference", "good").kernel.provider == "reference"
-    assert bind("elsewhere").kernel.provider == "reference"
-    assert bind("unheard_of", "good").kernel.provider == "good"
+    assert bind("elsewhere", only=True).kernel.provider == "reference"
+    unheard = bind("unheard_of", "good")
+    assert unheard.kernel.provider == "good"
+    assert unheard.why == "first that this operator has of this platform's preference"
+
+
+def test_a_kernel_that_no_preference_names_comes_before_torch_and_the_reference() -> None:
+    found = bind("narrow", "torch", "reference")
+    assert found.kernel.provider == "good" and dict(found.refused).keys() == {"narrow", "gilled"}
+    assert bind("torch").kernel.provider == "good"
+    assert bind("torch", only=True).kernel.provider == "reference"
+
+
+def test_a_kernel_asked_for_by_name_alone_is_bound_no_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    shy = kernel("shy", by_name=True)
+    monkeypatch.setattr(selection, "kernels", lambda op: (OFFERED[0], shy))
+    assert bind("torch").kernel.provider == "reference"
+    assert bind("torch", forced={"rms_norm": "shy"}).kernel is shy
+
+
+def test_every_other_kernel_has_a_reason() -> None:
+    assert dict(passed_over(bind("narrow", "good"), HERE)) == {
+        "narrow": "only up to 32",
+        "reference": "good is bound",
+        "elsewhere": "made for there, not here",
+        "gilled": "the device lacks gills",
+    }
+
+
+def test_what_was_forced_and_serves_nothing_is_an_error() -> None:
+    bound = [bind("good")]
+    require_served({"rms_norm": "good"}, bound)
+    require_served({"*": "good"}, bound)
+    with pytest.raises(
+        KernelError, match=r"linear=torch would change nothing: .*no call of linear.*has rms_norm"
+    ):
+        require_served({"linear": "torch"}, bound)
+    with pytest.raises(KernelError, match=r"\*=torch would change nothing: .*no operator with a kernel torch"):
+        require_served({"*": "torch"}, bound)
+    inside = bound[0].inside(Binding("decoder_forward", "all", kernel("native"), ""))
+    assert (inside.kernel.provider, inside.why) == ("decoder_forward.native", "inside decoder_forward.native")
+    with pytest.raises(KernelError, match="rms_norm=good would change nothing"):
+        require_served({"rms_norm": "good"}, [inside])
 
 
 def test_a_signature_decides() -> None:

@@ -130,10 +130,20 @@ def test_a_package_that_offers_something_else_is_named(
 
 
 def test_an_accelerator_answers_through_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's own module stands in for a vendor's, with the two functions that it lacks."""
+    """The host's own module stands in for a vendor's, with the functions that it lacks."""
+    released: list[str] = []
     monkeypatch.setattr(torch.cpu, "mem_get_info", lambda index: (3, 5 + index), raising=False)
+    monkeypatch.setattr(torch.cpu, "memory_reserved", lambda index: index, raising=False)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: released.append("cache"), raising=False)
     body = {**FACTS, **{name: METHODS[name] for name in ("unavailable_reason", "capabilities")}}
     platform = type("OnTorchCpu", (TorchAccelerator,), body)()
-    assert platform.memory(2) == MemoryFacts(total_bytes=7, available_bytes=3)
+    assert platform.memory(2) == MemoryFacts(total_bytes=7, available_bytes=3, held_bytes=2)
+    free = iter((10, 4))
+    monkeypatch.setattr(torch.cpu, "mem_get_info", lambda index: (next(free), 10))
+    with platform.memory_use() as use:
+        assert use.bytes == 0
+    assert use.bytes == 6
+    platform.release_unused()
+    assert released == ["cache"]
     assert platform.new_stream() is None
     platform.synchronize()

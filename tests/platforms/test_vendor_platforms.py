@@ -150,6 +150,7 @@ def test_musa_states_what_the_extension_says(monkeypatch: pytest.MonkeyPatch) ->
         get_device_properties=lambda index: card,
         device_count=lambda: 2,
         mem_get_info=lambda index: (1, 2),
+        memory_reserved=lambda index: 0,
     )
     monkeypatch.setitem(sys.modules, "torch_musa", extension)
     monkeypatch.setattr(torch, "musa", musa, raising=False)

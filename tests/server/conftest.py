@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_client import FakeClient
-from server_under_test import InProcess, Live
+from running_server import InProcess, Live
 
 
 @pytest.fixture

@@ -36,6 +36,9 @@ class ByteTokenizer:
     def __init__(self, template: str | None = CHATML) -> None:
         self.chat_template = ChatTemplate(template, {}) if template is not None else None
 
+    def require_text(self, what: str) -> None:
+        """There is text."""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         ids: list[int] = []
         while text:

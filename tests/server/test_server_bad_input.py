@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_client import CONTEXT_LENGTH, VOCAB_SIZE, FakeClient
-from server_under_test import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess
+from running_server import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess
 
 pytestmark = pytest.mark.suite("cpu")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_client import CHATML_WITH_TOOLS, FakeClient, logprob_of
-from server_under_test import CHAT, HELLO, InProcess, events_of
+from running_server import CHAT, HELLO, InProcess, events_of
 
 from lockstep.core.sampling import Grammar
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from fake_client import CONTEXT_LENGTH, FakeClient, logprob_of
-from server_under_test import COMPLETIONS, EMBEDDINGS, InProcess, events_of
+from running_server import COMPLETIONS, EMBEDDINGS, InProcess, events_of
+
+from lockstep.tokenizer.token_ids_only import TokenIdsOnly
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -197,3 +199,12 @@ def test_tokenize_and_back(in_process: App) -> None:
     assert app.post("/detokenize", {"tokens": found["tokens"]}).json() == {"text": "hé"}
     kept = app.post("/detokenize", {"tokens": found["tokens"], "skip_special_tokens": False}).json()
     assert kept == {"text": "hé<|im_end|>"}
+
+
+def test_text_from_a_server_without_a_tokenizer_is_refused(in_process: App) -> None:
+    """Even where the prompt is ids, for this kind of answer is text."""
+    client = FakeClient()
+    client.tokenizer = TokenIdsOnly()
+    response = in_process(client).post(COMPLETIONS, {"prompt": [97, 98]})
+    assert response.status_code == 400
+    assert "an answer of text needs a tokenizer" in response.json()["error"]["message"]

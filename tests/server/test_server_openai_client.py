@@ -13,7 +13,7 @@ from fake_client import FakeClient
 from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import BaseModel
-from server_under_test import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess, Live
+from running_server import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess, Live
 
 from lockstep.server.schema.base import Strict
 from lockstep.server.schema.chat import ChatCompletionRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_client import FakeClient
 from prometheus_client.parser import text_string_to_metric_families
-from server_under_test import CHAT, HELLO, InProcess
+from running_server import CHAT, HELLO, InProcess
 
 from lockstep.core.errors import ConfigError
 from lockstep.server.schema.base import Strict

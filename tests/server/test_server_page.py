@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from fake_client import ByteTokenizer, FakeClient
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from server_under_test import InProcess, Live
+from running_server import InProcess, Live
 
 from lockstep.core.request import Request
 from lockstep.server.routes.page import content_security_policy

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_client import FakeClient
-from server_under_test import CHAT, COMPLETIONS, HELLO, Live
+from running_server import CHAT, COMPLETIONS, HELLO, Live
 
 from lockstep.config.components import ServerOptions
 from lockstep.core.errors import ConfigError

@@ -32,13 +32,15 @@ class Timing:
     method: str
 
 
-def time_calls(platform: Platform, new_call: Callable[[], Call], num_bytes: int) -> Timing:
+def time_calls(
+    platform: Platform, new_call: Callable[[], Call], num_bytes: int, *, repeats_s: float = _REPEATS_S
+) -> Timing:
     """The time of a call, each on arguments of its own so that caches do not serve it.
 
-    `new_call` makes a call with fresh arguments; a call moves `num_bytes`. Calls that move less than 1/128 of what a
-    cache holds do stay in it. The method is the best that the device has: one graph of all calls between two events
-    of the device, the calls one after the other between two events, or the host's clock. A call that a graph cannot
-    hold is timed one after the other.
+    `new_call` makes a call with fresh arguments; a call moves `num_bytes`. Calls are repeated for about `repeats_s`.
+    Calls that move less than 1/128 of what a cache holds do stay in it. The method is the best that the device has: one
+    graph of all calls between two events of the device, the calls one after the other between two events, or the
+    host's clock. A call that a graph cannot hold is timed one after the other.
     """
     first = new_call()
     first()
@@ -52,7 +54,7 @@ def time_calls(platform: Platform, new_call: Callable[[], Call], num_bytes: int)
     clock(platform, submit)
     pass_s = clock(platform, submit)
     fewest, most = _REPEATS
-    repeats = min(max(int(_REPEATS_S / pass_s), fewest), most)
+    repeats = min(max(int(repeats_s / pass_s), fewest), most)
     seconds = [clock(platform, submit) / len(calls) for _ in range(repeats)]
     clock_name = "device events" if capabilities.has_streams else "host clock"
     return Timing(Spread.of(seconds), len(calls), repeats, f"{how}, {clock_name}")

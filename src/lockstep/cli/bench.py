@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import click
 
 from lockstep.cli.options import Command, SectionedCommand, engine_options, section
 from lockstep.config import Given
+from lockstep.config.components import ENGINE_OPTIONS
 
 _COUNT = click.IntRange(min=1)
 _option = section("Workload and output")
@@ -49,9 +50,16 @@ def _shape(*, implied: bool) -> tuple[Callable[[Command], Command], ...]:
     )
 
 
-def _shared(*declared: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """The measure's own options, then where its result goes, then the engine's."""
-    decorators = [*declared, _json_out, engine_options(omit=["seed"])]
+TUNED_BY = ("model", "revision", "tp", "ep", "device", "cache_dir")
+"""Options of the engine that decide what is tuned, and where the outcome goes."""
+
+
+def _shared(
+    *declared: Callable[[Command], Command], engine: Collection[str] = ENGINE_OPTIONS
+) -> Callable[[Command], Command]:
+    """The measure's own options, then where its result goes, then the engine's, or those of them that count."""
+    omitted = [name for name in ENGINE_OPTIONS if name == "seed" or name not in engine]
+    decorators = [*declared, _json_out, engine_options(omit=omitted)]
     return lambda function: functools.reduce(lambda inner, add: add(inner), reversed(decorators), function)
 
 
@@ -115,6 +123,26 @@ def serve(options: dict[str, Given], **workload: Any) -> int:
     return main(options, **workload)
 
 
+@command.command("host", cls=SectionedCommand, short_help="What a step costs the host, without a device.")
+@_option(
+    "--requests",
+    "num_requests",
+    type=_COUNT,
+    multiple=True,
+    default=(1, 64, 256),
+    metavar="N",
+    help="Requests that decode at once. May be repeated.  [1, 64, 256]",
+)
+@_count("--input-tokens", 1000, "Tokens of each prompt.")
+@_count("--steps", 300, "Timed steps.")
+@_json_out
+def host(num_requests: tuple[int, ...], input_tokens: int, steps: int, json_out: Path | None) -> int:
+    """Plan, submit and take steps of a model that computes nothing, and print what each part of a step takes."""
+    from lockstep.bench.host import main
+
+    return main(num_requests=num_requests, prompt_tokens=input_tokens, num_steps=steps, json_out=json_out)
+
+
 @command.command("startup", cls=SectionedCommand, short_help="Time from process start to the first token.")
 @_shared(_count("--repeats", 3, "Processes to start, one after the other."))
 def startup(options: dict[str, Given], **workload: Any) -> int:
@@ -122,3 +150,32 @@ def startup(options: dict[str, Given], **workload: Any) -> int:
     from lockstep.bench.startup import main
 
     return main(options, **workload)
+
+
+@command.command(
+    "tune-moe", cls=SectionedCommand, short_help="The fastest tiles for MODEL's experts on this card."
+)
+@_shared(
+    _option(
+        "--tokens",
+        metavar="N,N...",
+        help="Tokens of a step to tune for; more than the largest take the defaults.  [1 to 2048, doubled]",
+    ),
+    _seed,
+    engine=TUNED_BY,
+)
+def tune_moe(options: dict[str, Given], tokens: str | None, **workload: Any) -> int:
+    """Time every way to compute the experts of MODEL, each checked first, and keep the best for later runs.
+
+    Only the config.json of MODEL is read. Give --tp and --ep as the model will run.
+    """
+    from lockstep.bench.tune_moe import TOKENS, main
+
+    return main(options, tokens=TOKENS if tokens is None else _counts(tokens), **workload)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise click.UsageError(f"--tokens takes positive integers with commas between them, not {text!r}")
+    return tuple(map(int, words))

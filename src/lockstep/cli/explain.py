@@ -39,17 +39,20 @@ def explain_config(as_json: bool, options: dict[str, Given]) -> None:
 @_json_option
 @engine_options()
 def explain_memory(as_json: bool, options: dict[str, Given]) -> None:
-    """Load MODEL and print how many bytes each part of the engine holds."""
+    """Load MODEL, run its largest steps and print how many bytes each part of the engine takes of its device."""
     with open_llm(options) as llm:
-        lines = llm.memory_report()
+        lines = llm.memory_report(measure=True)
     if as_json:
-        print_json([{"name": line.name, "bytes": line.bytes, "note": line.note} for line in lines])
+        print_json([asdict(line) for line in lines])
         return
-    total = sum(line.bytes for line in lines)
-    rows = [(line.name, human_bytes(line.bytes), f"{line.bytes / total:.0%}", line.note) for line in lines]
+    total = sum(line.bytes for line in lines if line.is_own)
+    rows = [
+        (line.name, human_bytes(line.bytes), f"{line.bytes / total:.0%}" if line.is_own else "", line.note)
+        for line in lines
+    ]
     print_table(
         ("part", "size", "share", "note"),
-        [*rows, ("total", human_bytes(total), "", "")],
+        [*rows, ("total", human_bytes(total), "", "what this engine takes at most")],
         right=("size", "share"),
     )
 

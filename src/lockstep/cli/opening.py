@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lockstep.config import Given
+from lockstep.core.garbage import start_without_collecting
 
 if TYPE_CHECKING:
     from lockstep.engine.llm import LLM
@@ -19,9 +20,13 @@ Progress = Callable[[str, int, int], None]
 @contextmanager
 def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
     """An engine in this process, closed at the end."""
-    from lockstep.engine.llm import LLM
+    from lockstep.engine.model_files import read_ahead_weights
 
-    with loading_bar() as progress:
+    read_ahead_weights(options)
+
+    with start_without_collecting(), loading_bar() as progress:
+        from lockstep.engine.llm import LLM
+
         llm = LLM(progress=progress, options=options)
     try:
         yield llm

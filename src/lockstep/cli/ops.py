@@ -65,7 +65,7 @@ def list_ops(as_json: bool) -> None:
 def explain_ops(
     as_json: bool, named_model: str | None, named_platform: str | None, options: dict[str, Given]
 ) -> None:
-    """Print, for each operator of MODEL, the kernel that it binds, why, and which ones refused.
+    """Print, for each operator of MODEL, the kernel that it binds, why, and why each other one is not bound.
 
     Reads the model's header, not its weights.
     """
@@ -78,7 +78,7 @@ def explain_ops(
         print_json([group.as_json() for group in groups])
     else:
         rows = [(group.op, group.kernel, group.places, group.why, group.refusals) for group in groups]
-        print_table(("operator", "kernel", "where", "why", "refused"), rows)
+        print_table(("operator", "kernel", "where", "why", "not bound"), rows)
 
 
 @command.command("check", cls=SectionedCommand, short_help="Every kernel against its operator's contract.")
@@ -184,7 +184,10 @@ class _Group:
 
     @property
     def refusals(self) -> str:
-        return "\n".join(f"{kernel}: {reason}" for kernel, reason in self.refused)
+        by_reason: dict[str, list[str]] = {}
+        for kernel, reason in self.refused:
+            by_reason.setdefault(reason, []).append(kernel)
+        return "\n".join(f"{', '.join(kernels)}: {reason}" for reason, kernels in by_reason.items())
 
     def as_json(self) -> dict[str, Any]:
         refused = [{"kernel": kernel, "reason": reason} for kernel, reason in self.refused]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lockstep.config.memory import SMALLEST_POOL_TOKENS
+from lockstep.config.memory import SMALLEST_POOL_TOKENS, remedies
 from lockstep.config.rules import Situation
-from lockstep.core.errors import ConfigError
+from lockstep.core.errors import ConfigError, OutOfMemory
 
 
 def _ep_shares_out_experts(at: Situation) -> None:
@@ -62,14 +62,39 @@ def _pool_holds_a_page(at: Situation) -> None:
 
 
 def _pool_fits(at: Situation) -> None:
-    at.memory_plan().require(at.decided["max_total_tokens"] or SMALLEST_POOL_TOKENS)
+    plan, num_tokens = at.memory_plan(), at.decided["max_total_tokens"] or SMALLEST_POOL_TOKENS
+    if plan.lacks(num_tokens):
+        raise OutOfMemory(f"{plan.shortage(num_tokens)}; {_either_remedy(at, num_tokens)}")
+
+
+def _host_cache_has_prefixes(at: Situation) -> None:
+    if at.decided["host_cache_size"] and at.decided["disable_radix_cache"]:
+        raise ConfigError(
+            f"--host-cache-size {at.decided['host_cache_size']:g} keeps cached prefixes, of which "
+            "--disable-radix-cache leaves none; drop one of them"
+        )
+
+
+def _either_remedy(at: Situation, num_tokens: int) -> str:
+    found = remedies(
+        at.model,
+        at.decided,
+        num_tokens,
+        available_bytes=at.available_bytes,
+        ranks_share_memory=not at.on_accelerator,
+        num_devices=at.device.num_devices,
+    )
+    return f"what would fit: {', or '.join(found)}" if found else "choose a smaller model or a larger device"
 
 
 def _forced_kernels_are_pairs(at: Situation) -> None:
+    forced: dict[str, str] = {}
     for pair in at.decided["force_kernel"]:
         op, equals, kernel = pair.partition("=")
         if not (op and equals and kernel):
             raise ConfigError(f"--force-kernel takes OP=KERNEL, such as rms_norm=reference, not {pair!r}")
+        if forced.setdefault(op, kernel) != kernel:
+            raise ConfigError(f"--force-kernel asks for {op}={forced[op]} and for {pair}; give one of them")
 
 
 def _graphs_are_there(at: Situation) -> None:
@@ -88,6 +113,7 @@ CHECKS = (
     _context_within_model,
     _pool_holds_a_page,
     _pool_fits,
+    _host_cache_has_prefixes,
     _forced_kernels_are_pairs,
     _graphs_are_there,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 from lockstep.config.option import AUTO, Option, option, options_of
 
@@ -35,6 +36,14 @@ class ModelOptions:
     revision: str | None = option(None, metavar="REV", help="Branch, tag or commit of a Hub id.")
     chat_template: str | None = option(
         None, metavar="FILE", help="Jinja file that replaces the model's own chat template."
+    )
+    skip_tokenizer_init: bool = option(
+        False, help="Open no tokenizer: prompts are token ids, and answers have no text."
+    )
+    load_format: str = option(
+        AUTO,
+        choices=("files", "dummy"),
+        help="dummy: weights that nobody trained, made on the device from config.json alone, to measure speed.",
     )
     dtype: str = option(AUTO, choices=DTYPES, help="Type of weights and activations.")
     quantization: str = option(
@@ -98,6 +107,12 @@ class CacheOptions:
     )
     max_total_tokens: int | None = option(AUTO, low=1, help="Tokens that the KV pool holds.")
     disable_radix_cache: bool = option(False, help="Do not reuse the KV of prefixes that requests share.")
+    host_cache_size: float = option(
+        0.0,
+        low=0,
+        metavar="GIB",
+        help="Host memory of each rank, in GiB, for cached prefixes that make room on the device; 0 drops them.",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +128,11 @@ class SchedulerOptions:
         "fcfs",
         choices=("fcfs", "priority"),
         help="fcfs: in order of arrival. priority: lower numbers first, then arrival.",
+    )
+    overlap: str = option(
+        AUTO,
+        choices=("on", "off"),
+        help="on: the next step is planned while the device computes. off: each step waits for the last one's result.",
     )
 
 
@@ -133,6 +153,18 @@ class KernelOptions:
         choices=("off", "full"),
         help="full: steps of one token for each sequence are replayed as device graphs. off: every step is eager.",
     )
+
+    cache_dir: str = option(
+        "~/.cache/lockstep",
+        metavar="DIR",
+        env="LOCKSTEP_CACHE_DIR",
+        help="Folder of what was measured on this machine: `bench tune-moe` writes there, kernels read there.",
+    )
+
+    @property
+    def measured_in(self) -> Path:
+        """`cache_dir`, with the user's folder in the place of ~."""
+        return Path(self.cache_dir).expanduser()
 
     @property
     def forced(self) -> dict[str, str]:

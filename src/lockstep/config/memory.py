@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.config.facts import ModelFacts
-from lockstep.core.errors import OutOfMemory
 
 SMALLEST_POOL_TOKENS = 256
 """With fewer KV slots than this not even one small request can be served."""
+_SMALLER = {"dtype": ("bfloat16",), "kv_cache_dtype": ("bfloat16",), "quantization": ("q8_0", "q4_0")}
+"""Forms that take less of a host's memory, the most exact one first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +57,58 @@ class MemoryPlan:
         allowed = human_bytes(self.allowed_bytes or 0)
         return f"fits in {allowed} beside {human_bytes(self.weight_bytes)} of weights"
 
-    def require(self, num_tokens: int) -> None:
-        """Raises OutOfMemory, saying what is missing and what to change, unless `num_tokens` KV slots fit."""
-        if self.allowed_bytes is None or num_tokens <= self.pool_tokens:
-            return
+    def lacks(self, num_tokens: int) -> bool:
+        """True when `num_tokens` KV slots do not fit beside the weights."""
+        return self.allowed_bytes is not None and num_tokens > self.pool_tokens
+
+    def shortage(self, num_tokens: int) -> str:
+        """By how much `num_tokens` KV slots do not fit, in words."""
+        assert self.allowed_bytes is not None
         pool_bytes = num_tokens * self.token_bytes
-        raise OutOfMemory(
+        needed_bytes = self.weight_bytes + pool_bytes
+        return (
             f"weights ({human_bytes(self.weight_bytes)}) and a KV pool of {num_tokens} tokens "
-            f"({human_bytes(pool_bytes)}) need {human_bytes(self.weight_bytes + pool_bytes)}, but "
-            f"{human_bytes(self.allowed_bytes)} may be used; lower --max-total-tokens or --context-length, "
-            f"raise --mem-fraction-static (now {self.fraction:g}), or choose a smaller --dtype or model"
+            f"({human_bytes(pool_bytes)}) need {human_bytes(needed_bytes)}, "
+            f"{human_bytes(needed_bytes - self.allowed_bytes)} more than the {human_bytes(self.allowed_bytes)} "
+            "that may be used"
         )
+
+
+def remedies(
+    model: ModelFacts,
+    decided: Mapping[str, Any],
+    num_tokens: int,
+    *,
+    available_bytes: int,
+    ranks_share_memory: bool,
+    num_devices: int,
+) -> list[str]:
+    """Single options, each of which lets the weights and a KV pool of `num_tokens` fit, or a smaller pool."""
+
+    def plan(**changes: Any) -> MemoryPlan:
+        return MemoryPlan.of(
+            model,
+            {**decided, **changes},
+            available_bytes=available_bytes,
+            ranks_share_memory=ranks_share_memory,
+        )
+
+    found = []
+    fitting = plan().pool_tokens // decided["page_size"] * decided["page_size"]
+    if fitting >= SMALLEST_POOL_TOKENS:
+        found.append(f"--max-total-tokens {fitting} (a request's --context-length fits up to there)")
+    fractions = (percent / 100 for percent in range(int(decided["mem_fraction_static"] * 100) + 1, 98))
+    enough = (share for share in fractions if not plan(mem_fraction_static=share).lacks(num_tokens))
+    found += [f"--mem-fraction-static {share:g}" for share in list(enough)[:1]]
+    for name, values in _SMALLER.items() if ranks_share_memory else ():
+        smaller = (
+            value for value in values if value != decided[name] and not plan(**{name: value}).lacks(num_tokens)
+        )
+        found += [f"--{name.replace('_', '-')} {value}" for value in list(smaller)[:1]]
+    if not ranks_share_memory:
+        ranks = (tp for tp in model.valid_tp() if decided["tp"] < tp <= num_devices)
+        found += [f"--tp {tp}" for tp in list(tp for tp in ranks if not plan(tp=tp).lacks(num_tokens))[:1]]
+    return found
 
 
 def human_bytes(count: int) -> str:

@@ -69,6 +69,11 @@ def _served_model_name(at: Situation) -> Choice:
     return Choice(at.model.name, "model", "the model's own name")
 
 
+def _load_format(at: Situation) -> Choice:
+    """`files`."""
+    return Choice("files", "default", "")
+
+
 def _dtype(at: Situation) -> Choice:
     """The stored type where the device computes it at full speed, else the device's fastest type."""
     stored, fast = at.model.stored_dtype, at.device.fast_dtypes
@@ -148,6 +153,13 @@ def _chunked_prefill_size(at: Situation) -> Choice:
     return at.by_device(host=512, accelerator=8192)
 
 
+def _overlap(at: Situation) -> Choice:
+    """`on` where the device computes while the host goes on, else `off`."""
+    if at.on_accelerator:
+        return Choice("on", "device", "the host plans the next step while the device computes")
+    return Choice("off", "device", "this device computes while the host waits, so there is nothing to hide")
+
+
 def _attention_backend(at: Situation) -> Choice:
     """The first of the platform's preferences that can serve the model; `lockstep ops explain` names it."""
     return Choice(None, "device", "the platform's first that can serve the model")
@@ -171,6 +183,7 @@ RULES: dict[str, Callable[[Situation], Choice]] = {
     rule.__name__.removeprefix("_"): rule
     for rule in (
         _served_model_name,
+        _load_format,
         _dtype,
         _quantization,
         _context_length,
@@ -182,6 +195,7 @@ RULES: dict[str, Callable[[Situation], Choice]] = {
         _max_total_tokens,
         _max_running_requests,
         _chunked_prefill_size,
+        _overlap,
         _attention_backend,
         _graphs,
     )

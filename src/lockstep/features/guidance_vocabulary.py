@@ -22,6 +22,7 @@ class GuidanceVocabulary:
     is_tokenizer_wrapper = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.require_text("structured output")
         if not tokenizer.eos_token_ids:
             raise InvalidRequest(
                 "structured output needs a model that declares an end token; this one has none"

@@ -1,16 +1,17 @@
 """Checks a kernel against its contract: every case, against the reference in float64 maths.
 
 A case fails when a result is off by more than the tolerance, has another shape or dtype, depends on memory that
-nobody wrote, or when an argument changes that the contract does not give away.
+nobody wrote, or lies where a later call writes, and when an argument changes that the contract does not give away or
+memory that is no argument.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep.core.errors import KernelError
+from lockstep.ops.check_memory import CallMemory, is_poison, poison
 from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 
 _Function = Callable[..., Any]
@@ -53,8 +55,9 @@ def check_kernel(
 ) -> KernelReport:
     """Runs every case that the kernel accepts on `device`, with weights prepared as a model would.
 
-    Each case runs twice, the second time with NaN in all memory that the kernel allocates. A kernel that raises
-    fails the case. Raises KernelError when the contract itself is unfit (no tolerance, nothing to prepare).
+    Each case runs twice, the second time with NaN in all memory that the kernel allocates; the first call's results
+    are kept and must not be touched by it. A kernel that raises fails the case. Raises KernelError when the contract
+    itself is unfit (no tolerance, nothing to prepare).
     """
     num_cases, worst = 0, (0.0, "")
     refused: list[tuple[str, str]] = []
@@ -88,15 +91,16 @@ def check_mutants(contract: Contract, seed: int) -> list[str]:
     """
     if not contract.mutants:
         return [f"{contract.name} has no mutants"]
-    accepted: list[str] = []
-    for name, mutant in contract.mutants.items():
-        rejected: dict[torch.dtype, bool] = {}
-        for case in contract.cases():
-            trial = _Trial(contract, case, seed, torch.device("cpu"))
-            share, _ = trial.judge(mutant, None, nullcontext())
-            rejected[trial.dtype] = rejected.get(trial.dtype, False) or share > 1
-        accepted.extend(f"{name} ({dtype})" for dtype, was in rejected.items() if not was)
-    return accepted
+    rejected: dict[str, dict[torch.dtype, bool]] = {name: {} for name in contract.mutants}
+    for case in contract.cases():
+        trial = _Trial(contract, case, seed, torch.device("cpu"))
+        for name, mutant in contract.mutants.items():
+            if not rejected[name].get(trial.dtype):
+                share, _ = trial.judge(mutant, None, nullcontext())
+                rejected[name][trial.dtype] = share > 1
+    return [
+        f"{name} ({dtype})" for name, by_dtype in rejected.items() for dtype, was in by_dtype.items() if not was
+    ]
 
 
 class _Trial:
@@ -104,10 +108,11 @@ class _Trial:
 
     def __init__(self, contract: Contract, case: Case, seed: int, device: torch.device) -> None:
         self._contract = contract
-        self._case = case
-        self._seed = seed
         self._device = device
-        self._typed = outcome(contract, contract.reference, self._arguments())
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {case.name}".encode()))
+        self._memory = CallMemory(contract.arguments, case.make(generator))
+        self._earlier: NamedTensors = []
+        self._typed = outcome(contract, contract.reference, self._memory.place("cpu").arguments)
         self.dtype = self._typed[0][1].dtype
         if self.dtype not in contract.tolerance:
             raise KernelError(f"operator {contract.name!r} states no tolerance for {self.dtype}")
@@ -118,13 +123,18 @@ class _Trial:
         self, function: _Function, prepare: _Function | None, mode: AbstractContextManager[Any]
     ) -> tuple[float, list[str]]:
         """The largest error as a share of the tolerance, and what is wrong in words."""
-        arguments = [_placed(value, self._device) for value in self._arguments()]
-        given = list(arguments)
+        placed = self._memory.place(self._device)
+        given = list(placed.arguments)
         if prepare is not None:
             self._prepare(given, prepare)
         with mode:
             found = outcome(self._contract, function, given)
-        problems = [*self._changed(arguments)]
+        problems = [*placed.changes()]
+        problems += [
+            f"the {name} of an earlier call was written"
+            for name, value in self._earlier
+            if not is_poison(value)
+        ]
         worst = 0.0
         for (name, value), (_, typed), (_, wide) in zip(found, self._typed, self._expected, strict=True):
             if value.shape != typed.shape or value.dtype != typed.dtype:
@@ -138,18 +148,14 @@ class _Trial:
             worst = max(worst, share)
             if share > 1:
                 problems.append(f"{name} is off by {share:.3g} times what is accepted")
+        self._earlier = [(name, poison(value)) for name, value in found[: len(self._contract.returns)]]
         return worst, problems
 
     def _tolerance(self, dtype: torch.dtype) -> Tolerance:
         return self._contract.tolerance.get(dtype, self._contract.tolerance[self.dtype])
 
-    def _arguments(self) -> list[Any]:
-        """Fresh arguments, the same at each call: they depend on the seed and the case's name alone."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {self._case.name}".encode()))
-        return list(self._case.make(generator))
-
     def _in_float64(self) -> NamedTensors:
-        arguments = [_widened(value) for value in self._arguments()]
+        arguments = [_widened(value) for value in self._memory.place("cpu").arguments]
         with _WideStaysWide():
             return outcome(self._contract, self._contract.reference, arguments)
 
@@ -159,12 +165,6 @@ class _Trial:
             raise KernelError(f"operator {self._contract.name!r} marks no constant argument to prepare")
         for index in constant:
             given[index] = prepare(given[index])
-
-    def _changed(self, arguments: Sequence[Any]) -> Iterator[str]:
-        for spec, value, before in zip(self._contract.arguments, arguments, self._arguments(), strict=False):
-            kept = isinstance(value, torch.Tensor) and not spec.written and not spec.scratch
-            if kept and not torch.equal(value.cpu(), before):
-                yield f"argument {spec.name} was changed"
 
 
 def error_share(value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> float:
@@ -194,31 +194,6 @@ def _widened(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
-def _placed(value: Any, device: torch.device) -> Any:
-    """The value on the device with the strides that the case gave it, and NaN in the gaps between its rows.
-
-    Records and tuples (a weight in parts, a decoder) are placed field by field.
-    """
-    if isinstance(value, tuple):
-        return tuple(_placed(each, device) for each in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = {each.name: _placed(getattr(value, each.name), device) for each in fields(value)}
-        return replace(value, **changed)
-    if not isinstance(value, torch.Tensor) or value.device == device:
-        return value
-    if value.is_contiguous():
-        return value.to(device)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    storage = _poison(torch.empty(span, dtype=value.dtype, device=device))
-    return storage.as_strided(value.shape, value.stride()).copy_(value)
-
-
-def _poison(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_floating_point():
-        return tensor.fill_(math.nan)
-    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
-
-
 class _WideStaysWide(TorchFunctionMode):
     """References say `.float()` for "float32 at least"; values in float64 stay what they are."""
 
@@ -235,4 +210,4 @@ class _PoisonedAllocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        return _poison(out) if func._schema.name in self._ALLOCATES else out
+        return poison(out) if func._schema.name in self._ALLOCATES else out

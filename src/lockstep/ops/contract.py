@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ class Contract:
     `reference` is plain PyTorch. `mutants` are known-wrong versions; the tolerances must reject each one.
     `tolerance` maps a result's dtype, and must hold the first result's, which serves for dtypes that are not there.
     Where nothing at all is accepted, the reference's own bits are expected, not float64's. An operator that returns
-    nothing is judged by what it wrote. `workload` is what it is timed with; None for one that nobody times.
+    nothing is judged by what it wrote. `workload` is what it is timed with; None for one that nobody times. `parts`
+    are the operators that a layer composes it of where no kernel computes them together.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Contract:
     tolerance: Mapping[torch.dtype, Tolerance]
     mutants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     workload: Workload | None = None
+    parts: tuple[str, ...] = ()
 
 
 def _accept(signature: Signature) -> str | None:
@@ -116,6 +119,10 @@ class Kernel:
     kernel reads, once, when a model is built. `asks_host` says that it reads values of tensors on the
     host: a device graph cannot hold it. `take_rows` gives rows of a prepared weight as float32, by int64 numbers:
     an embedding that is tied to a head need not be held twice. `opaque`: what `prepare` gives is no tensor.
+    `with_measured` gives the function that follows what was measured on this machine, from the folder that holds it;
+    the same function for the same folder. `compile_ahead` makes what calls of a signature lack, once for a machine,
+    when a model is built: until then `refuses` says that it is not compiled. `by_name`: it is bound only where it is
+    asked for by name.
     """
 
     op: str
@@ -129,6 +136,9 @@ class Kernel:
     asks_host: bool = False
     take_rows: Callable[[Any, torch.Tensor], torch.Tensor] | None = None
     opaque: bool = False
+    with_measured: Callable[[Path], Callable[..., Any]] | None = None
+    compile_ahead: Callable[[Signature], None] | None = None
+    by_name: bool = False
 
 
 FLOAT32_UNIT = 2.0**-24

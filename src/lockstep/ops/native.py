@@ -49,6 +49,7 @@ def native_kernels(
             take_rows=take_rows and _for_set(take_rows, name),
             verified_on=("cpu",),
             opaque=prepare is not None,
+            by_name=name is not None,
         )
         for provider, name in _providers()
     )

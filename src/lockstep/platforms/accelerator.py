@@ -9,7 +9,7 @@ import importlib.util
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from lockstep.platforms.base import DeviceGraph, MemoryFacts, Platform
+from lockstep.platforms.base import DeviceEvent, DeviceGraph, MemoryFacts, Platform
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,10 @@ class TorchAccelerator(Platform, abstract=True):
 
     def memory(self, index: int = 0) -> MemoryFacts:
         free_bytes, total_bytes = self._module().mem_get_info(index)
-        return MemoryFacts(total_bytes, free_bytes)
+        return MemoryFacts(total_bytes, free_bytes, self._module().memory_reserved(index))
+
+    def release_unused(self, index: int = 0) -> None:
+        self._module().empty_cache()
 
     def device(self, index: int = 0) -> torch.device:
         import torch
@@ -35,11 +38,29 @@ class TorchAccelerator(Platform, abstract=True):
 
         return torch.Stream(self.device(index)) if self.capabilities().has_streams else None
 
+    def new_event(self, index: int = 0) -> DeviceEvent | None:
+        return StreamEvent(self._module(), index) if self.capabilities().has_streams else None
+
     def _module(self) -> Any:
         """torch.cuda, torch.musa...: the module that torch keeps under the device's name."""
         import torch
 
         return getattr(torch, self.device_type)
+
+
+class StreamEvent:
+    """An event of a device module on whatever stream is current there, whichever device is the current one."""
+
+    def __init__(self, module: Any, index: int) -> None:
+        self._module = module
+        self._index = index
+        self._event = module.Event()
+
+    def record(self) -> None:
+        self._event.record(self._module.current_stream(self._index))
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
 
 
 class CudaGraph:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -20,10 +21,19 @@ class PlatformError(LockstepError):
 
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
-    """Memory of one device, in bytes. `available_bytes` is what this process may still take."""
+    """Memory of one device, in bytes. `available_bytes` is what this process may still take, `held_bytes` what it has,
+    0 where nobody knows."""
 
     total_bytes: int
     available_bytes: int
+    held_bytes: int = 0
+
+
+@dataclass(slots=True)
+class MemoryUse:
+    """The most memory, in bytes, that something took beyond what was there before. Known once it has ended."""
+
+    bytes: int = 0
 
 
 class DeviceGraph(Protocol):
@@ -38,12 +48,25 @@ class DeviceGraph(Protocol):
         ...
 
 
+class DeviceEvent(Protocol):
+    """A place in the queue of a device."""
+
+    def record(self) -> None:
+        """The place after everything submitted so far."""
+        ...
+
+    def synchronize(self) -> None:
+        """Returns when the device has passed it. Raises what went wrong on the way."""
+        ...
+
+
 class Platform(ABC):
     """A family of devices. Subclasses state facts; nothing here guesses, and what is not stated is "no".
 
     `device_type` is torch's word for the device. `kernel_preference` orders kernel providers, best first: of the
     kernels that accept a call, the one whose provider stands first is bound. "reference" is appended when it is not
-    listed. `attention_preference` does the same for the operators of attention. `gives_memory_on_write` says that
+    listed. `attention_preference` does the same for the operators of attention, `extend_preference` for
+    attention_extend alone where its order is another. `gives_memory_on_write` says that
     `zeros` costs nothing until it is written, `runs_native_kernels` that the compiled extension computes on it.
 
     A subclass that leaves out a fact or a method cannot be defined: PlatformError names what is missing. One that is
@@ -54,6 +77,7 @@ class Platform(ABC):
     device_type: ClassVar[str]
     kernel_preference: ClassVar[tuple[str, ...]]
     attention_preference: ClassVar[tuple[str, ...]]
+    extend_preference: ClassVar[tuple[str, ...]] = ()
     gives_memory_on_write: ClassVar[bool] = False
     runs_native_kernels: ClassVar[bool] = False
 
@@ -74,6 +98,21 @@ class Platform(ABC):
     def memory(self, index: int = 0) -> MemoryFacts:
         """Memory of device `index` now."""
 
+    @contextmanager
+    def memory_use(self, index: int = 0) -> Iterator[MemoryUse]:
+        """Measures what runs inside takes of device `index`; by default by what it kept of it, which for the caching
+        allocators of accelerators is the most that it had."""
+        use, before = MemoryUse(), self.memory(index)
+        yield use
+        self.synchronize()
+        use.bytes = max(0, before.available_bytes - self.memory(index).available_bytes)
+
+    def release_unused(self, index: int = 0) -> None:  # noqa: B027 - most devices keep nothing
+        """Gives memory of device `index` back that nobody uses and that is only kept to be taken again."""
+
+    def settle(self) -> None:  # noqa: B027 - most devices have no such memory
+        """An engine was built: gives memory of this process back that only starting needed."""
+
     @abstractmethod
     def device(self, index: int = 0) -> torch.device:
         """Torch's handle of device `index`, ready for use."""
@@ -93,6 +132,10 @@ class Platform(ABC):
 
     def new_stream(self, index: int = 0) -> torch.Stream | None:
         """One more queue of device `index`, or None where work runs in the order it is submitted in."""
+        return None
+
+    def new_event(self, index: int = 0) -> DeviceEvent | None:
+        """A mark for the queue of device `index`, or None where work has run when its submission returns."""
         return None
 
     def new_graph(self, beside: DeviceGraph | None = None) -> DeviceGraph:

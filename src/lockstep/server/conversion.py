@@ -123,6 +123,8 @@ def make_request(
     pooling: Pooling | None = None,
 ) -> Request:
     """A request that fits this model. Raises InvalidRequest when prompt and answer exceed its context."""
+    if params.stop:
+        client.tokenizer.require_text("a stop string")
     num_prompt, limit = len(prompt.token_ids), client.card.context_length
     num_new = 0 if pooling else 1
     if num_prompt + num_new > limit:

@@ -22,11 +22,17 @@ _GAUGES = {
     "kv_pages_total": ("num_pages_total", "Pages of the KV pool."),
     "kv_pages_used": ("num_pages_in_use", "Pages that running sequences hold."),
     "kv_pages_cached": ("num_pages_cached", "Pages kept for prefix hits that nobody holds."),
+    "host_pages_total": ("num_host_pages_total", "Pages of host memory behind the KV pool."),
+    "host_pages_cached": ("num_host_pages_cached", "Those of them that hold a prefix."),
     "uptime_seconds": ("uptime_s", "Time since the engine started."),
 }
 _COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens of admitted requests."),
     "cached_tokens": ("num_cached_tokens", "Prompt tokens found in the prefix cache."),
+    "host_cached_tokens": (
+        "num_host_cached_tokens",
+        "Tokens whose keys and values came back from host memory.",
+    ),
     "generation_tokens": ("num_output_tokens", "Tokens generated."),
     "preemptions": ("num_preemptions", "Sequences that gave their pages back and were computed again."),
     "steps": ("num_steps", "Forwards of the engine."),

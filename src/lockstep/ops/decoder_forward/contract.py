@@ -130,4 +130,18 @@ CONTRACT = Contract(
         "scores not scaled": _with_blocks(_unscaled),
         "the other rotation": _with_blocks(_other_rope),
     },
+    parts=(
+        "rms_norm",
+        "add_rms_norm",
+        "linear",
+        "quant_linear",
+        "rope",
+        "kv_store",
+        "attention_decode",
+        "attention_extend",
+        "silu_and_mul",
+        "gelu_and_mul",
+        "norm_rope_store",
+        "add_norm_linear",
+    ),
 )

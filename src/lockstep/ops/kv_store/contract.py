@@ -12,14 +12,13 @@ from lockstep.ops.kv_store.reference import kv_store
 
 _Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-
 _SHAPES = (
     (1, 1, 32, 16),
     (40, 3, 32, 16),
     (9, 2, 80, 1),
     (0, 2, 32, 16),
     (7, 8, 128, 64),
-    (2, 33, 64, 16),
+    (2, 128, 64, 16),
 )
 """Tokens, heads, head dim, page size."""
 
@@ -29,22 +28,29 @@ def _cases() -> Iterator[Case]:
         for pool_dtype in DTYPES:
             for shape in _SHAPES:
                 for padding in (0, 3):
+                    yield _case(dtype, pool_dtype, shape, padding)
+            # The large ones are beyond float16's range in part.
+            for size in (0.0, 3e4):
+                yield _case(dtype, pool_dtype, (5, 2, 32, 16), 0, size)
 
-                    def make(
-                        g: torch.Generator,
-                        shape: tuple[int, int, int, int] = shape,
-                        padding: int = padding,
-                        dtypes: tuple[torch.dtype, torch.dtype] = (dtype, pool_dtype),
-                    ) -> _Arguments:
-                        return _call(g, shape, padding, *dtypes)
 
-                    tokens, heads, head_dim, page_size = shape
-                    size = f"{tokens}x{heads}x{head_dim}, page {page_size}"
-                    yield Case(
-                        f"{dtype} into {pool_dtype}, {size}, {padding} of padding",
-                        {"dtype": dtype, "pool_dtype": pool_dtype, "page_size": page_size},
-                        make,
-                    )
+def _case(
+    dtype: torch.dtype,
+    pool_dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    padding: int,
+    size: float = 1.0,
+) -> Case:
+    def make(g: torch.Generator) -> _Arguments:
+        return _call(g, shape, padding, dtype, pool_dtype, size)
+
+    tokens, heads, head_dim, page_size = shape
+    what = f"{tokens}x{heads}x{head_dim}, page {page_size}, {padding} of padding"
+    return Case(
+        f"{dtype} into {pool_dtype}, {what}{f', size {size:g}' * (size != 1)}",
+        {"dtype": dtype, "pool_dtype": pool_dtype, "page_size": page_size},
+        make,
+    )
 
 
 def _call(
@@ -53,12 +59,13 @@ def _call(
     padding: int,
     dtype: torch.dtype,
     pool_dtype: torch.dtype,
+    size: float = 1.0,
 ) -> _Arguments:
     """Heads are slices of wider tensors, as rope and packed products leave them; padding lies among the tokens."""
     tokens, heads, head_dim, page_size = shape
     rows = tokens + padding
-    rotated = normal(g, rows, 2 * heads, head_dim, dtype=pool_dtype)
-    packed = normal(g, rows, 2 * heads, head_dim, dtype=dtype)
+    rotated = normal(g, rows, 2 * heads, head_dim, dtype=pool_dtype, scale=size)
+    packed = normal(g, rows, 2 * heads, head_dim, dtype=dtype, scale=size)
     num_pages = -(-2 * rows // page_size) + 1
     k_pool, v_pool = (normal(g, heads, num_pages, page_size, head_dim, dtype=pool_dtype) for _ in range(2))
     slots = torch.randperm(num_pages * page_size, generator=g)[:rows]
@@ -98,11 +105,7 @@ def _missing_last_head(
 
 
 def _timed(tokens: int) -> Case:
-    def make(g: torch.Generator) -> _Arguments:
-        return _call(g, (tokens, 8, 128, 16), 0, torch.bfloat16, torch.bfloat16)
-
-    signature = {"dtype": torch.bfloat16, "pool_dtype": torch.bfloat16, "page_size": 16}
-    return Case(f"{tokens} tokens", signature, make)
+    return _case(torch.bfloat16, torch.bfloat16, (tokens, 8, 128, 16), padding=0)
 
 
 def _moved(

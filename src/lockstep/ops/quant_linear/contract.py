@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from lockstep.ops.cases import DTYPES, normal
+from lockstep.ops.cases import DTYPES, normal, strided
 from lockstep.ops.contract import Argument, Case, Contract, Workload, rounded
 from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.ops.quant_linear.reference import quant_linear
 
 _SHAPES = ((1, 64, 96), (5, 576, 160), (17, 1536, 48), (40, 96, 33), (3, 48, 17), (0, 64, 64))
+_WIDE = (2, 16384, 24)
 _KINDS = ((4, False), (4, True), (8, False), (8, True))
 _BLOCK = 32
 _LARGEST_INPUT = 3**0.5
@@ -26,6 +27,10 @@ def _cases() -> Iterator[Case]:
                 group_inputs = 16 if shape[1] % _BLOCK or (number + bits // 4 + has_minimum) % 3 == 0 else 32
                 has_bias = (number + has_minimum) % 2 == 0
                 yield _case(dtype, shape, bits, has_minimum, group_inputs, has_bias)
+        yield _case(dtype, _WIDE, 4, False, 32, False)
+        yield _case(dtype, _SHAPES[1], 4, True, 32, True, is_strided=True)
+        yield _case(dtype, _SHAPES[0], 8, True, 32, True, size=0.0)
+        yield _case(dtype, _SHAPES[0], 4, False, 32, False, size=1024.0)
 
 
 def _case(
@@ -35,30 +40,44 @@ def _case(
     has_minimum: bool,
     group_inputs: int,
     has_bias: bool,
+    *,
+    size: float = 1.0,
+    is_strided: bool = False,
 ) -> Case:
+    """`size` is that of the rows; the weight's scales make products of size one of them again."""
     rows, inputs, outputs = shape
 
     def make(g: torch.Generator) -> tuple[torch.Tensor, GroupedWeight, torch.Tensor | None]:
-        x = (torch.rand(rows, inputs, generator=g) * 2 - 1) * _LARGEST_INPUT
-        weight = _weight(g, outputs, inputs, bits, has_minimum, group_inputs)
-        return x.to(dtype), weight, normal(g, outputs, dtype=dtype) if has_bias else None
+        x = ((torch.rand(rows, inputs, generator=g) * 2 - 1) * _LARGEST_INPUT * size).to(dtype)
+        weight = _weight(g, outputs, inputs, bits, has_minimum, group_inputs, size or 1.0)
+        return strided(x) if is_strided else x, weight, normal(g, outputs, dtype=dtype) if has_bias else None
 
     kind = f"{bits} bits{' with minima' * has_minimum} by {group_inputs}"
     signature = {"inputs": inputs, "outputs": outputs, "bias": has_bias}
     signature |= {"bits": bits, "group_inputs": group_inputs}
-    name = f"{dtype} {rows}x{inputs}x{outputs}, {kind}{', bias' * has_bias}"
+    words = f"{', bias' * has_bias}{', strided' * is_strided}{f', size {size:g}' * (size != 1)}"
+    name = f"{dtype} {rows}x{inputs}x{outputs}, {kind}{words}"
     return Case(name, {"dtype": dtype, **signature}, make)
 
 
 def _weight(
-    g: torch.Generator, outputs: int, inputs: int, bits: int, has_minimum: bool, group_inputs: int
+    g: torch.Generator,
+    outputs: int,
+    inputs: int,
+    bits: int,
+    has_minimum: bool,
+    group_inputs: int,
+    input_size: float,
 ) -> GroupedWeight:
-    """Values whose squares sum to at most about one for each output, with scales and minima that float16 holds."""
+    """Values whose squares, times `input_size` squared, sum to at most about one for each output.
+
+    Scales and minima are values of float16.
+    """
     num_codes = 1 << bits
     q = torch.randint(0, num_codes, (outputs, inputs), generator=g, dtype=torch.uint8)
     spread = num_codes / 12**0.5
     shape = (outputs, inputs // group_inputs)
-    scale = (torch.rand(shape, generator=g) + 1) / (2 * spread * inputs**0.5)
+    scale = (torch.rand(shape, generator=g) + 1) / (2 * spread * inputs**0.5 * input_size)
     minimum = None
     if has_minimum:
         # About the middle of the codes, off by up to an eighth of them.

@@ -18,6 +18,7 @@ _SHAPES = (
     (3, 576, 300.0),
     (0, 64, 1.0),
     (2, 64, 0.0),
+    (3, 320, 3e-3),
     (2, 4097, 1e4),
     (3, 5120, 1.0),
     (2, 16384, 1.0),
@@ -68,8 +69,8 @@ def _case(
     return Case(name, {"dtype": dtype, "width": width, "weight_dtype": weight_dtype}, make)
 
 
-def _wrong_eps(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return rms_norm(x, weight, eps + 0.05)
+def _ten_times_eps(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return rms_norm(x, weight, 10 * eps)
 
 
 def _missing_last_row(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -111,7 +112,7 @@ CONTRACT = Contract(
     # it are 5; the mean, the root and two products add at most 8.
     tolerance=rounded(1, maths=16),
     mutants={
-        "wrong eps": _wrong_eps,
+        "ten times eps": _ten_times_eps,
         "missing last row": _missing_last_row,
         "mean removed": _variance_instead,
         "weight of the next column": _weight_of_the_next_column,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lockstep.ops.cases import DTYPES, normal, strided
-from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Workload, rounded
+from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Signature, Workload, rounded
 from lockstep.ops.rope.reference import rope
 
 _Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.dtype, bool]
@@ -17,52 +17,61 @@ _SHAPES = (
     (5, 12, 64, 64),
     (3, 4, 128, 64),
     (0, 2, 32, 32),
-    (2, 40, 128, 128),
+    (2, 128, 128, 128),
     (2, 3, 80, 80),
     (2, 3, 100, 26),
     (2, 5, 256, 256),
 )
+"""Tokens, heads, head dim, rotated elements."""
 
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
-        for out_dtype in dict.fromkeys((dtype, torch.float32)):
-            for interleaved in (False, True):
-                for tokens, heads, head_dim, rotated in _SHAPES:
-
-                    def make(
-                        g: torch.Generator,
-                        shape: tuple[int, int, int] = (tokens, heads, head_dim),
-                        rotated: int = rotated,
-                        dtypes: tuple[torch.dtype, torch.dtype] = (dtype, out_dtype),
-                        interleaved: bool = interleaved,
-                    ) -> _Arguments:
-                        angles = torch.rand(shape[0], rotated // 2, generator=g) * 100
-                        x = strided(normal(g, *shape, dtype=dtypes[0]))
-                        return x, angles.cos(), angles.sin(), dtypes[1], interleaved
-
-                    order = ", interleaved" if interleaved else ""
-                    yield Case(
-                        f"{dtype} to {out_dtype} {tokens}x{heads}x{head_dim}, {rotated} rotated{order}",
-                        {
-                            "dtype": dtype,
-                            "out_dtype": out_dtype,
-                            "head_dim": head_dim,
-                            "rotated": rotated,
-                            "interleaved": interleaved,
-                        },
-                        make,
-                    )
+        for interleaved in (False, True):
+            for out_dtype in dict.fromkeys((dtype, torch.float32)):
+                for shape in _SHAPES:
+                    yield _case(dtype, out_dtype, shape, interleaved)
+            for out_dtype in DTYPES if dtype == torch.float32 else ():
+                yield _case(dtype, out_dtype, (4, 6, 96, 96), interleaved)
+            yield _case(dtype, dtype, (3, 2, 64, 64), interleaved, size=0.0)
+            yield _case(dtype, dtype, (3, 2, 64, 64), interleaved, size=1e4)
 
         def some_heads(g: torch.Generator, dtype: torch.dtype = dtype) -> _Arguments:
             angles = torch.rand(4, 48, generator=g) * 100
             return normal(g, 4, 9, 96, dtype=dtype)[:, 2:7], angles.cos(), angles.sin(), dtype, False
 
-        yield Case(
-            f"{dtype} slice of heads",
-            {"dtype": dtype, "out_dtype": dtype, "head_dim": 96, "rotated": 96, "interleaved": False},
-            some_heads,
-        )
+        yield Case(f"{dtype} slice of heads", _signature(dtype, dtype, 96, 96, False), some_heads)
+
+
+def _case(
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    shape: tuple[int, int, int, int],
+    interleaved: bool,
+    *,
+    size: float = 1.0,
+) -> Case:
+    """Large values have a zero for the other one of their pair, so that nothing cancels."""
+    tokens, heads, head_dim, rotated = shape
+
+    def make(g: torch.Generator) -> _Arguments:
+        angles = torch.rand(tokens, rotated // 2, generator=g) * 100
+        x = normal(g, tokens, heads, head_dim, dtype=dtype, scale=size)
+        if size > 1:
+            number = torch.arange(rotated)
+            x[..., :rotated] *= number % 2 == 0 if interleaved else number < rotated // 2
+        return strided(x), angles.cos(), angles.sin(), out_dtype, interleaved
+
+    words = f"{', interleaved' * interleaved}{f', size {size:g}' * (size != 1)}"
+    name = f"{dtype} to {out_dtype} {tokens}x{heads}x{head_dim}, {rotated} rotated{words}"
+    return Case(name, _signature(dtype, out_dtype, head_dim, rotated, interleaved), make)
+
+
+def _signature(
+    dtype: torch.dtype, out_dtype: torch.dtype, head_dim: int, rotated: int, interleaved: bool
+) -> Signature:
+    sizes = {"head_dim": head_dim, "rotated": rotated, "interleaved": interleaved}
+    return {"dtype": dtype, "out_dtype": out_dtype, **sizes}
 
 
 def _other_way(
@@ -94,8 +103,7 @@ def _timed(tokens: int) -> Case:
             False,
         )
 
-    sizes = {"head_dim": 128, "rotated": 128, "interleaved": False}
-    return Case(f"{tokens} tokens", {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16, **sizes}, make)
+    return Case(f"{tokens} tokens", _signature(torch.bfloat16, torch.bfloat16, 128, 128, False), make)
 
 
 CONTRACT = Contract(

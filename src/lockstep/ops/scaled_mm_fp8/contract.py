@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lockstep.ops.cases import DTYPES, normal
+from lockstep.ops.cases import DTYPES, normal, product_scale
 from lockstep.ops.contract import FLOAT32_UNIT, Argument, Case, Contract, Tolerance, Workload, rounded
 from lockstep.ops.scaled_mm_fp8.reference import BLOCK, scaled_mm_fp8
 
@@ -23,17 +23,27 @@ def _cases() -> Iterator[Case]:
             for scaling in ("tensor", "row", "block"):
                 yield _case(dtype, shape, scaling, has_bias=(number + len(scaling)) % 2 == 0)
         yield _case(dtype, (129, 144, 8256), "block", has_bias=True)
+        yield _case(dtype, (2, 16384, 48), "block", has_bias=False)
+        yield _case(dtype, (2, 16384, 48), "row", has_bias=True)
+        yield _case(dtype, (3, 320, 64), "row", has_bias=True, size=0.0)
         for scaling in ("row", "block"):
             yield _case(dtype, (17, 256, 304), scaling, has_bias=False, sliced=True)
 
 
 def _case(
-    dtype: torch.dtype, shape: tuple[int, int, int], scaling: str, has_bias: bool, sliced: bool = False
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    scaling: str,
+    has_bias: bool,
+    sliced: bool = False,
+    size: float = 1.0,
 ) -> Case:
+    """`size` is that of the codes of `a`, in standard deviations of what they can hold."""
     rows, inputs, outputs = shape
 
     def make(g: torch.Generator) -> tuple[Any, ...]:
-        a, b = (_codes(g, size, inputs, sliced) for size in (rows, outputs))
+        a = _codes(g, rows, inputs, sliced, size)
+        b = _codes(g, outputs, inputs, sliced)
         blocks = -(-inputs // BLOCK)
         a_shape, b_shape = {
             "tensor": ((1, 1), (1, 1)),
@@ -45,16 +55,16 @@ def _case(
             # As column-major quantisers leave them.
             a_scale = a_scale.T.contiguous().T
         bias = normal(g, outputs, dtype=dtype) if has_bias else None
-        return a, b, a_scale, _scales(g, b_shape, inputs**-0.5 / _CODES), bias, dtype
+        return a, b, a_scale, _scales(g, b_shape, product_scale(inputs, _MOST_INPUTS) / _CODES), bias, dtype
 
-    name = f"{dtype} {rows}x{inputs}x{outputs} per {scaling}{' bias' * has_bias}{' sliced' * sliced}"
+    name = f"{dtype} {rows}x{inputs}x{outputs} per {scaling}{' bias' * has_bias}{' sliced' * sliced}{f' size {size:g}' * (size != 1)}"
     signature = {"dtype": dtype, "inputs": inputs, "outputs": outputs, "scaling": scaling, "bias": has_bias}
     return Case(name, signature, make)
 
 
-def _codes(g: torch.Generator, rows: int, inputs: int, sliced: bool) -> torch.Tensor:
+def _codes(g: torch.Generator, rows: int, inputs: int, sliced: bool, size: float = 1.0) -> torch.Tensor:
     width = inputs + 64 * sliced
-    codes = normal(g, rows, width, dtype=torch.float32, scale=_CODES).clamp(-448, 448)
+    codes = normal(g, rows, width, dtype=torch.float32, scale=_CODES * size).clamp(-448, 448)
     return codes.to(torch.float8_e4m3fn)[:, :inputs]
 
 

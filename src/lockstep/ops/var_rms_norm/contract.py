@@ -11,36 +11,42 @@ from lockstep.ops.contract import Argument, Case, Contract, Workload, rounded
 from lockstep.ops.var_rms_norm.reference import var_rms_norm
 
 _SHAPES = (
-    (1, 64, 64, 1.0),
-    (1, 128, 1, 1.0),
-    (5, 577, 300, 1.0),
-    (0, 64, 32, 1.0),
-    (2, 64, 48, 0.0),
-    (2, 4097, 4096, 1e4),
-    (2, 16384, 12288, 1.0),
+    ((1, 64), 64, 1.0),
+    ((1, 128), 1, 1.0),
+    ((5, 577), 300, 1.0),
+    ((0, 64), 32, 1.0),
+    ((2, 64), 48, 0.0),
+    ((3, 320), 256, 3e-3),
+    ((2, 3, 576), 512, 1.0),
+    ((2, 4097), 4096, 1e4),
+    ((2, 16384), 12288, 1.0),
 )
 
 
 def _cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for weight_dtype in dict.fromkeys((dtype, torch.float32)):
-            for rows, width, var_hidden_size, scale in _SHAPES:
+            for shape, var_hidden_size, scale in _SHAPES:
 
                 def make(
                     g: torch.Generator,
-                    shape: tuple[int, int] = (rows, width),
+                    shape: tuple[int, ...] = shape,
                     var_hidden_size: int = var_hidden_size,
                     scale: float = scale,
                     dtypes: tuple[torch.dtype, torch.dtype] = (dtype, weight_dtype),
                 ) -> tuple[torch.Tensor, torch.Tensor, float, int]:
                     x = strided(normal(g, *shape, dtype=dtypes[0], scale=scale))
-                    return x, normal(g, shape[1], dtype=dtypes[1]) + 1, 1e-5, var_hidden_size
+                    return x, normal(g, shape[-1], dtype=dtypes[1]) + 1, 1e-5, var_hidden_size
 
                 yield Case(
-                    f"{dtype}, weight {weight_dtype}, {rows}x{width}, {var_hidden_size} measured, scale {scale}",
-                    {"dtype": dtype, "width": width, "weight_dtype": weight_dtype},
+                    f"{dtype}, weight {weight_dtype}, {shape}, {var_hidden_size} measured, scale {scale}",
+                    {"dtype": dtype, "width": shape[-1], "weight_dtype": weight_dtype},
                     make,
                 )
+
+
+def _ten_times_eps(x: torch.Tensor, weight: torch.Tensor, eps: float, var_hidden_size: int) -> torch.Tensor:
+    return var_rms_norm(x, weight, 10 * eps, var_hidden_size)
 
 
 def _all_measured(x: torch.Tensor, weight: torch.Tensor, eps: float, var_hidden_size: int) -> torch.Tensor:
@@ -86,6 +92,7 @@ CONTRACT = Contract(
     # As rms_norm.
     tolerance=rounded(1, maths=16),
     mutants={
+        "ten times eps": _ten_times_eps,
         "everything measured": _all_measured,
         "mean over the whole row": _mean_over_all,
         "the rest dropped": _rest_dropped,

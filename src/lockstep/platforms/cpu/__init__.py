@@ -6,12 +6,15 @@ import math
 import mmap
 import os
 import platform as machine
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.core.capabilities import Capabilities
-from lockstep.platforms.base import MemoryFacts, Platform
+from lockstep.platforms.base import MemoryFacts, MemoryUse, Platform
+from lockstep.platforms.cpu.process_memory import forget_peak, give_back_code, peak_bytes, resident_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +78,7 @@ class CpuPlatform(Platform):
 
     name = "cpu"
     device_type = "cpu"
-    kernel_preference = ("native", "onednn", "torch", "reference")
+    kernel_preference = ("native", "onednn", "numpy", "torch", "reference")
     attention_preference = ("native", "torch")
     gives_memory_on_write = True
     runs_native_kernels = True
@@ -110,7 +113,17 @@ class CpuPlatform(Platform):
         limit = _memory_limit_bytes()
         if limit is not None:
             total, available = min(total, limit), min(available, limit)
-        return MemoryFacts(total, available)
+        return MemoryFacts(total, available, resident_bytes())
+
+    @contextmanager
+    def memory_use(self, index: int = 0) -> Iterator[MemoryUse]:
+        use, before = MemoryUse(), resident_bytes()
+        watches = forget_peak()
+        yield use
+        use.bytes = max(0, (peak_bytes() if watches else resident_bytes()) - before)
+
+    def settle(self) -> None:
+        give_back_code()
 
     def device(self, index: int = 0) -> torch.device:
         import torch

@@ -84,6 +84,7 @@ def build_requests(
     prompts = [
         encode_prompt(client, given, add_special_tokens=special, param="prompt") for given in body.prompt
     ]
+    client.tokenizer.require_text("an answer of text")
     requests = [
         make_request(
             client,

@@ -1,0 +1,103 @@
+"""Two engines' results for the same model side by side, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.bench.report import shown
+from peers.tables import table
+
+Result = Mapping[str, Any]
+"""What one run wrote: engine, engine_version, model, startup, tests."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a kind of test."""
+
+    key: str
+    title: str
+    higher_is_better: bool
+    percent: bool = False
+
+    def shown(self, value: float) -> str:
+        return f"{value:.0%}" if self.percent else shown(value)
+
+    def advantage(self, own: float, peer: float) -> float:
+        """How many times better our figure is."""
+        return own / peer if self.higher_is_better else peer / own
+
+
+FIGURES = {
+    "throughput": (Figure("output_tokens_per_s", "output tokens/s", True),),
+    "decode": (
+        Figure("ms_per_step", "ms a step", False),
+        Figure("fraction_of_weight_kv_floor", "share of the floor", True, percent=True),
+        Figure("first_token_s", "s to the first tokens", False),
+        Figure("output_tokens_per_s", "output tokens/s, prompts included", True),
+    ),
+    "prefill": (
+        Figure("input_tokens_per_s", "input tokens/s", True),
+        Figure("mfu_datasheet", "share of the card's operations", True, percent=True),
+    ),
+    "prefix": (
+        Figure("median_s", "s, cache empty", False),
+        Figure("primed_median_s", "s, prefix cached", False),
+    ),
+}
+START = Figure("process_start_to_first_token_s", "s to the first token", False)
+
+
+def markdown(own: Sequence[Result], peers: Sequence[Result]) -> str:
+    """A section for each model that we ran, beside every result of a peer for it."""
+    sections = []
+    for result in own:
+        rivals = [peer for peer in peers if peer["model"] == result["model"]]
+        sections += [_section(result, rival) for rival in rivals] or [_section(result, None)]
+    return "\n\n".join(sections)
+
+
+def _section(own: Result, peer: Result | None) -> str:
+    name = _name(peer) if peer is not None else "no peer"
+    lines = [["test", "figure", name, _name(own), "times better"]]
+    lines += _start(own, peer)
+    for test, figures in own["tests"].items():
+        lines += _test(test, figures, peer["tests"].get(test) if peer is not None else None)
+    return f"## {own['model']}{_tag(own)}\n\n{table(lines)}"
+
+
+def _start(own: Result, peer: Result | None) -> list[list[str]]:
+    startup = own.get("startup", {})
+    other = peer.get("startup", {}) if peer is not None else {}
+    if START.key not in startup:
+        return []
+    states = "; ".join(str(one.get("cache_state", "-")) for one in (other, startup) if one)
+    return [_row(f"process start (caches {states})", START, startup, other)]
+
+
+def _test(name: str, own: Result, peer: Result | None) -> list[list[str]]:
+    if "error" in own or "skipped" in own:
+        return [[name, "", "", str(own.get("error", own.get("skipped"))), ""]]
+    if peer is not None and ("error" in peer or "skipped" in peer):
+        peer = None
+    if peer is not None and peer["digest"] != own["digest"]:
+        return [[name, "", "", "not the same requests: the digests differ", ""]]
+    return [_row(name, figure, own, peer or {}) for figure in FIGURES[own["kind"]] if figure.key in own]
+
+
+def _row(name: str, figure: Figure, own: Result, peer: Result) -> list[str]:
+    value, other = own[figure.key], peer.get(figure.key)
+    if not other:
+        return [name, figure.title, "", figure.shown(value), ""]
+    advantage = figure.advantage(value, other)
+    return [name, figure.title, figure.shown(other), figure.shown(value), f"{advantage:.2f}"]
+
+
+def _name(result: Result) -> str:
+    return f"{result['engine']} {result.get('engine_version', '')}".strip()
+
+
+def _tag(result: Result) -> str:
+    return f" ({result['tag']})" if result.get("tag") else ""

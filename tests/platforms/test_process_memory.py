@@ -1,0 +1,74 @@
+"""Memory of the host's processes: what is measured, and what is given back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from lockstep.platforms.cpu import CpuPlatform
+from lockstep.platforms.cpu.process_memory import clean_code, resident_bytes
+
+pytestmark = pytest.mark.suite("cpu", seconds=5)
+
+SMAPS = """
+7f00-7f10 r--p 00000000 08:01 42                         /lib/a b.so
+Rss:                 128 kB
+Anonymous:             0 kB
+VmFlags: rd mr mw me
+7f10-7f20 r-xp 00010000 08:01 42                         /lib/ab.so
+Rss:                 256 kB
+Anonymous:             4 kB
+7f20-7f30 r-xp 00010000 08:01 42                         /lib/ab.so
+Rss:                 256 kB
+Anonymous:             0 kB
+7f30-7f40 rw-p 00010000 08:01 42                         /lib/ab.so
+Rss:                 512 kB
+Anonymous:             0 kB
+7f40-7f50 r-xp 00000000 00:00 0
+Rss:                 512 kB
+Anonymous:             0 kB
+7f50-7f60 r-xp 00000000 08:01 7                          /tmp/ffi (deleted)
+Rss:                 512 kB
+Anonymous:             0 kB
+7f60-7f70 r--p 00000000 08:01 42                         /lib/ab.so
+Rss:                  60 kB
+Anonymous:             0 kB
+"""
+
+
+def test_only_unwritten_code_of_files_can_go() -> None:
+    found = list(clean_code(SMAPS.strip().splitlines()))
+    assert found == [(0x7F00, 0x7F10, 128 * 1024), (0x7F20, 0x7F30, 256 * 1024)]
+
+
+def test_a_process_gives_code_back_and_computes_as_before() -> None:
+    program = """
+import torch
+from lockstep.platforms.cpu.process_memory import give_back_code, resident_bytes
+a = torch.arange(64.0).reshape(8, 8)
+expected = (a @ a).softmax(-1)
+before = resident_bytes()
+given = give_back_code()
+after = resident_bytes()
+assert torch.equal((a @ a).softmax(-1), expected)
+assert torch.fft.fft(a).abs().sum() > 0
+print(before - after, given)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    freed, given = map(int, done.stdout.split())
+    assert freed > 20e6 and abs(freed - given) < 0.5 * given
+
+
+def test_the_most_that_was_taken_is_seen_although_it_was_given_back() -> None:
+    platform = CpuPlatform()
+    with platform.memory_use() as use:
+        taken = bytearray(64 * 2**20)
+        del taken
+    assert 50 * 2**20 < use.bytes < 200 * 2**20
+    with platform.memory_use() as use:
+        pass
+    assert use.bytes < 8 * 2**20
+    assert resident_bytes() == pytest.approx(platform.memory().held_bytes, rel=0.1)
