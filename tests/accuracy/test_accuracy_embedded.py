@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ NUM_SIMPLE = 20
 NUM_TOKENS = 64
 ANSWER_TOKENS = 24
 LARGEST_GAP = 0.05
+LARGEST_GAP_OF_8_BITS = 0.6
+"""The spread of a logit's error is about 0.1 there, that of a difference 0.15: four of them."""
 PROMPTS = (
     "The quick brown fox",
     "Once upon a time, in a village by the sea,",
@@ -52,10 +55,21 @@ def test_the_weights_are_those_that_the_gguf_package_reads() -> None:
         assert torch.equal(weights.load(name, torch.float32), tensor), name
 
 
-def test_greedy_text_is_that_of_transformers(reference: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize(
+    ("options", "largest_gap"),
+    [
+        pytest.param({"dtype": "float32"}, LARGEST_GAP, id="float32"),
+        # By default products round what they read to 8 bits, as other engines do with such files.
+        pytest.param({}, LARGEST_GAP_OF_8_BITS, id="default"),
+        pytest.param({"tp": 2}, LARGEST_GAP_OF_8_BITS, id="default, two ranks"),
+    ],
+)
+def test_greedy_text_is_that_of_transformers(
+    reference: LlamaForCausalLM, options: dict[str, Any], largest_gap: float
+) -> None:
     """Ours is greedy for transformers too exactly when, after each of our tokens, it would have chosen our next."""
     params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    with LLM(dtype="float32", threads=1, max_total_tokens=4096) as llm:
+    with LLM(threads=1, max_total_tokens=4096, **options) as llm:
         answers = llm.generate(PROMPTS, params)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer.token_ids) == NUM_TOKENS
@@ -69,7 +83,7 @@ def test_greedy_text_is_that_of_transformers(reference: LlamaForCausalLM) -> Non
             print(
                 f"{prompt!r}: token {at} is {ours_T[at]}, transformers takes {best_T[at]}; logit gap {gap:.4f}"
             )
-            assert gap < LARGEST_GAP
+            assert gap < largest_gap
 
 
 def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
