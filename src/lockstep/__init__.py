@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Grammar", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from lockstep.core.sampling import SamplingParams
+    from lockstep.core.sampling import Grammar, SamplingParams
     from lockstep.engine.llm import LLM
 
 
@@ -18,8 +18,8 @@ def __getattr__(name: str) -> Any:
         from lockstep.engine.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from lockstep.core.sampling import SamplingParams
+    if name in ("Grammar", "SamplingParams"):
+        from lockstep.core import sampling
 
-        return SamplingParams
+        return getattr(sampling, name)
     raise AttributeError(f"module 'lockstep' has no attribute {name!r}")

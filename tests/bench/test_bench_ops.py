@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lockstep.bench import ops, ops_measure, ops_plot, ops_timing
 from lockstep.bench.figures import Spread
 from lockstep.bench.ops_limits import MachineLimits, measure_limits
-from lockstep.bench.ops_measure import Measurements, measure, providers_of, workload_of
+from lockstep.bench.ops_measure import Measurement, Measurements, measure, providers_of, workload_of
+from lockstep.bench.ops_page import markdown
 from lockstep.bench.ops_timing import Timing, time_calls
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, KernelError
@@ -158,7 +159,7 @@ class GraphPlatform(CpuPlatform):
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), has_graphs=True)
 
-    def new_graph(self) -> Any:
+    def new_graph(self, beside: Any = None) -> Any:
         return self
 
     @contextmanager
@@ -220,26 +221,52 @@ def test_events_are_the_clock_of_devices_with_queues(monkeypatch: pytest.MonkeyP
 
 
 def test_limits_are_measured_and_the_slower_one_counts() -> None:
-    limits = MachineLimits(100.0, 1000.0, "a product")
+    limits = MachineLimits(
+        bandwidths={"a copy": 60.0, "reading": 100.0}, flops_per_s=1000.0, matmul="a product"
+    )
+    assert limits.bandwidth_from == "reading" and limits.bytes_per_s == 100.0
     assert limits.shortest_s(num_bytes=200, num_flops=0) == 2.0
     assert limits.shortest_s(num_bytes=200, num_flops=5000) == 5.0
-    assert MachineLimits(100.0, None, "").shortest_s(num_bytes=200, num_flops=5000) == 2.0
+    assert MachineLimits(bandwidths={"a copy": 100.0}).shortest_s(num_bytes=200, num_flops=5000) == 2.0
 
 
-def test_a_copy_is_measured_as_its_bytes_over_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_their_bytes_over_their_time_and_the_best_is_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from lockstep.bench import ops_limits
 
-    moved: list[int] = []
-
     def timed(platform: Any, new_call: Callable[[], Callable[[], Any]], num_bytes: int) -> Timing:
-        moved.append(new_call()().nbytes)
+        sizes.append((new_call()().nbytes, num_bytes))
         return INSTANT
 
+    sizes: list[tuple[int, int]] = []
     monkeypatch.setattr(ops_limits, "time_calls", timed)
     limits = measure_limits(CPU, flops_dtype=torch.float32)
-    assert limits.bytes_per_s == pytest.approx(2 * moved[0] / 1e-3)
-    assert limits.flops_per_s == pytest.approx(2 * 1024**3 / 1e-3)
+    copied, negated, found, product = sizes
+    assert copied == negated == (copied[0], 2 * copied[0]) and found == (4, copied[0]), (
+        "read once, nothing written"
+    )
+    assert limits.bandwidths == {
+        name: pytest.approx(moved / 1e-3)
+        for name, (_, moved) in zip(("a copy", "a negation", "reading alone"), sizes, strict=False)
+    }
+    assert limits.flops_per_s == pytest.approx(2 * 1024**3 / 1e-3) and product[0] == 1024**2 * 4
     assert measure_limits(CPU, flops_dtype=None).flops_per_s is None
+    monkeypatch.setitem(ops_limits.DATASHEET_BYTES_PER_S, CPU.capabilities().device_name, 1e15)
+    known = measure_limits(CPU, flops_dtype=None)
+    assert known.bandwidth_from == "the datasheet" and known.bytes_per_s == 1e15
+    assert "a copy reaches" in known.lines()[0]
+
+
+def test_a_cache_explains_only_what_fits_it() -> None:
+    """Two calls of ten bytes each that take a tenth of the time that the limit allows."""
+    fast = Measurement(7, "mine", Timing(Spread(0.01, 0.01, 0.01), 2, 1, "not at all"), 10, 0, 0.0)
+    for cache_bytes, is_cached in ((20, True), (19, False), (None, False)):
+        limits = MachineLimits(bandwidths={"a copy": 100.0}, cache_bytes=cache_bytes)
+        assert fast.share_of(limits) == 10 and fast.as_json(limits)["fits_cache"] is is_cached
+        said = " ".join(ops._notes(Measurements([fast]), limits))
+        assert ("fit the cache: mine at 7" in said) is is_cached
+        assert ("measured to be the limit: mine at 7" in said) is not is_cached
 
 
 # -- measuring
@@ -364,7 +391,7 @@ def test_table_json_and_plot(tmp_path: Path, capsys: Streams, monkeypatch: pytes
     assert code == 0
     out = capsys.readouterr().out
     assert "not run: triton: made for cuda, musa, rocm, not cpu" in out
-    assert "GB/s of a copy, measured here" in out and "one after the other, host clock" in out
+    assert "GB/s of " in out and "; measured here" in out and "one after the other, host clock" in out
     results = report["results"]
     assert [(each["size"], each["provider"]) for each in results["measurements"]] == [
         (1, "reference"),
@@ -377,6 +404,13 @@ def test_table_json_and_plot(tmp_path: Path, capsys: Streams, monkeypatch: pytes
         assert each["share_of_limit"] == pytest.approx(each["bytes_per_s"] / results["limits"]["bytes_per_s"])
     assert results["not_run"] == {"triton": "made for cuda, musa, rocm, not cpu"}
     assert report["machine"]["devices"] and report["workload"]["platform"] == "cpu"
+    page = markdown(report, picture="out.png")
+    assert page.startswith("## rms_norm\n") and "![rms_norm over its sizes](out.png)" in page
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][2:]
+    assert [(row[0].strip("| "), row[1]) for row in rows] == [
+        (str(each["size"]), each["provider"]) for each in results["measurements"]
+    ]
+    assert "- not run: triton: made for cuda, musa, rocm, not cpu" in page
     picture = (tmp_path / "out.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 10_000
 
@@ -392,6 +426,19 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Str
     assert "WRONG, not timed: wrong at 1" in capsys.readouterr().out
     monkeypatch.setattr(ops, "providers_of", lambda contract, names: [kernel("right", exact)])
     assert run(tmp_path, plot_out=None)[0] == 0
+
+
+def test_the_legend_names_who_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: drawn.append(self))
+    measured_one = {"provider": "torch", "size": 4, "bytes_per_s": 1e9}
+    limits = {"flops_per_s": None, "bytes_per_s": 2e9, "bytes_per_s_from": "reading alone"}
+    results = {"op": "rms_norm", "axis": "rows", "limits": limits, "measurements": [measured_one]}
+    results |= {"not_run": {"aiter": "made for rocm", "torch at 8": "never"}, "wrong": {"mine at 4": "off"}}
+    ops_plot.draw({"results": results, "workload": {"device": "a test"}}, tmp_path / "out.png")
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["torch", "aiter: not run", "mine: wrong", "limit, reading alone: 2"]
 
 
 def test_no_plot_without_the_package_or_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

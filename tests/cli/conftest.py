@@ -23,6 +23,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedLLM]:
     module = types.ModuleType("lockstep.engine.llm")
     module.LLM = Recorded  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lockstep.engine.llm", module)
-    for name in ("words", "failure", "opening_failure", "on_token"):
+    for name in ("words", "failure", "opening_failure", "on_token", "chat_template", "room"):
         monkeypatch.setattr(ScriptedLLM, name, getattr(ScriptedLLM, name))
     return instances

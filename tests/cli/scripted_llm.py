@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from lockstep.core.errors import InvalidRequest, LockstepError
@@ -30,6 +31,9 @@ class ScriptedLLM:
     failure: LockstepError | None = None
     opening_failure: LockstepError | None = None
     on_token: Callable[[int], None] | None = None
+    native_kernels: str | None = "native kernels: scripted"
+    chat_template: str | None = "{{ messages }}"
+    room = 10_000
 
     def __init__(
         self,
@@ -45,12 +49,18 @@ class ScriptedLLM:
         self.options = {**named, "model": model} if model is not None else named
         self.card = CARD
         self.asked: list[tuple[Any, SamplingParams]] = []
+        self.tokenizer = SimpleNamespace(chat_template=type(self).chat_template)
         self.closed = False
         self.ended_early = 0
         if progress is not None:
             progress("loading weights", 1, 2)
 
     def stream(self, prompt: Any, params: SamplingParams) -> Iterator[RequestOutput]:
+        if (params.max_tokens or 0) > self.room:
+            raise InvalidRequest(f"max_tokens {params.max_tokens} does not fit", param="max_tokens")
+        return self._answer(prompt, params)
+
+    def _answer(self, prompt: Any, params: SamplingParams) -> Iterator[RequestOutput]:
         self.asked.append((prompt, params))
         finished = False
         try:

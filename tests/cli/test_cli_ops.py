@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lockstep.bench.ops_sizes import num_bytes
 from lockstep.cli.main import main
 from lockstep.config import Given
 from lockstep.models.loading.sources import StoredWeights
@@ -341,6 +342,38 @@ def test_check_reports_cases_errors_and_mutants(capsys: Streams) -> None:
     assert capsys.readouterr().out == text
 
 
+def test_check_takes_several_operators_and_says_how_far_it_is(capsys: Streams) -> None:
+    """Without a terminal too: a line for each operator, apart from the result."""
+    two = ["--op", "rms_norm", "--op", "kv_store", "--op", "rms_norm", "--kernel", "torch"]
+    assert main(["ops", "check", "--platform", "cpu", *two, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [each["op"] for each in json.loads(out)["operators"]] == ["rms_norm", "kv_store"]
+    assert err.splitlines() == ["1 of 2: rms_norm passed", "2 of 2: kv_store passed"]
+
+
+def test_lines_of_progress_are_there_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an operator's check prints reaches stderr before the next check begins."""
+    said: list[str] = []
+    before: list[list[str]] = []
+
+    def check(selected: suite.Selected, *given: Any) -> suite.OperatorReport:
+        before.append(list(said))
+        return suite.OperatorReport(selected.contract.name, (), (), 0, ())
+
+    monkeypatch.setattr(suite, "check", check)
+    monkeypatch.setattr("lockstep.cli.ops.note", said.append)
+    main(["ops", "check", "--platform", "cpu", "--op", "rope", "--op", "linear"])
+    assert before == [[], ["1 of 2: rope passed"]]
+
+
+@pytest.mark.parametrize(
+    "command", [["check"], ["bench", "rms_norm"], ["explain"]], ids=lambda command: command[0]
+)
+def test_a_platform_that_is_not_here_is_named_as_it_was_given(command: list[str], capsys: Streams) -> None:
+    assert main(["ops", *command, "--platform", "musa"]) == 2
+    assert "--platform musa cannot be used: the package torch_musa" in capsys.readouterr().err
+
+
 def test_check_draws_fresh_inputs_and_says_how_to_draw_them_again(capsys: Streams) -> None:
     seeds = set()
     for _ in range(2):
@@ -432,9 +465,48 @@ def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: St
         "json_out": None,
         "plot_out": None,
     }
+    for _, options in calls:
+        options.pop("on_size")(16)
+    assert capsys.readouterr().err == "rope at 16\n" * 2
     assert calls[0] == ("rope", plain)
     asked = {"providers": ("torch", "triton"), "sizes": (1, 16), "platform": "cpu", "seed": 5}
     assert calls[1] == ("rope", {**plain, **asked, "plot_out": Path("p.png")})
     for sizes in ("0", "", "1,x", "-4"):
         assert main(["ops", "bench", "rope", f"--sizes={sizes}"]) == 2
         assert "--sizes takes positive integers" in capsys.readouterr().err
+    assert main(["ops", "bench", "rope", "--providers", ","]) == 2
+    assert "--providers names none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_bench_looks_at_its_paths_before_it_measures(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    module = types.ModuleType("lockstep.bench.ops")
+    module.main = lambda *given, **options: 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lockstep.bench.ops", module)
+    assert main(["ops", "bench", "rope", option, str(tmp_path / "nowhere" / "out")]) == 2
+    assert (
+        f"{option} {tmp_path}/nowhere/out cannot be written: there is no directory" in capsys.readouterr().err
+    )
+    assert main(["ops", "bench", "rope", option, str(tmp_path / "out")]) == 0
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(["ops", "bench", "rope", option, str(tmp_path / "out")]) == 2
+    assert "permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "linear", "attention_decode", "moe_topk_sigmoid"])
+def test_bench_refuses_sizes_that_fit_no_memory(op: str, capsys: Streams) -> None:
+    assert main(["ops", "bench", op, "--platform", "cpu", "--sizes", f"1,{10**13}"]) == 2
+    out, err = capsys.readouterr()
+    assert f"--sizes {10**13}: the arguments of one call are " in err and err.count("\n") == 1 and not out
+
+
+def test_what_a_call_takes_is_known_without_making_it() -> None:
+    """Against the arguments themselves."""
+    for op in ("rms_norm", "kv_store", "moe_topk_sigmoid"):
+        workload = contracts()[op].workload
+        assert workload is not None
+        case = workload.case(min(workload.sizes))
+        made = case.make(torch.Generator().manual_seed(1))
+        assert num_bytes(case) == sum(each.nbytes for each in made if isinstance(each, torch.Tensor))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lockstep import __version__
-from lockstep.cli.main import COMMANDS
+from lockstep.cli.group import COMMANDS
 from lockstep.config.components import ENGINE_OPTIONS, OPTIONS
 
 pytestmark = pytest.mark.suite("cpu")
@@ -99,6 +99,7 @@ def test_serve_has_every_option() -> None:
         ("serve --port 70000", "--port takes an integer from 0 to 65535, not 70000"),
         ("run x --temperature -1", "temperature must lie from 0 to 100, not -1.0"),
         ("run x --temperature nan", "temperature must be a finite number, not nan"),
+        ("run x --top-p 0", "top_p must be above 0 and at most 1, not 0.0"),
         ("run x --regex a --ebnf setup.cfg", None),
         ("run x m extra", "got unexpected extra argument (extra) (see `lockstep run --help`)"),
     ],

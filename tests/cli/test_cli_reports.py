@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from scripted_llm import CARD, ScriptedLLM
 
-from lockstep.cli.machine import native_kernels
 from lockstep.cli.main import main
 from lockstep.config import Given, ModelFacts, ServerOptions, gather, resolve
 from lockstep.config.components import OPTIONS
@@ -39,7 +38,13 @@ FACTS = ModelFacts(
     weight_bytes=4000,
     stored_dtype="float32",
 )
-HOST = Capabilities(platform="cpu", device_type="cpu", device_name="a processor", memory_bytes=2**30)
+HOST = Capabilities(
+    platform="cpu",
+    device_type="cpu",
+    device_name="a processor",
+    memory_bytes=2**30,
+    collective_backend="gloo",
+)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
@@ -116,6 +121,7 @@ def test_explain_memory(opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPat
 
 class _Client:
     card = CARD
+    native_kernels: str | None = "native kernels: scripted"
 
     def __init__(self, options: dict[str, Given]) -> None:
         self.options = options
@@ -139,7 +145,7 @@ def test_serve_prints_its_address(monkeypatch: pytest.MonkeyPatch, capsys: Strea
     monkeypatch.setenv("LOCKSTEP_API_KEY", "k")
     assert main(["serve", "m.gguf", "--port", "8123", "--tp", "2"]) == 0
     out, err = capsys.readouterr()
-    assert (out, err) == ("Lockstep serves scripted at http://127.0.0.1:8123\n", f"{native_kernels()}\n")
+    assert (out, err) == ("Lockstep serves scripted at http://127.0.0.1:8123\n", "native kernels: scripted\n")
     ((client, options),) = calls
     assert (options.port, options.api_key) == (8123, "k")
     assert client.options["model"] == Given("m.gguf", "command line")
@@ -151,7 +157,10 @@ def test_serve_warns_when_anyone_may_use_it(monkeypatch: pytest.MonkeyPatch, cap
     assert main(["serve", "--host", "0.0.0.0"]) == 0
     assert "--api-key" in capsys.readouterr().err
     assert main(["serve", "--host", "0.0.0.0", "--api-key", "k"]) == 0
-    assert capsys.readouterr().err == f"{native_kernels()}\n"
+    assert capsys.readouterr().err == "native kernels: scripted\n"
+    monkeypatch.setattr(_Client, "native_kernels", None)
+    assert main(["serve"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_serve_on_a_taken_port(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:

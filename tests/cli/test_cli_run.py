@@ -17,6 +17,8 @@ from lockstep.core.clock import ManualClock
 from lockstep.core.errors import EngineDead, LockstepError, ModelFileError, OutOfMemory, PlacementError
 from lockstep.core.output import CompletionDelta, RequestOutput
 from lockstep.core.sampling import Grammar
+from lockstep.engine.llm import LLM
+from lockstep.native import extension, summary
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -33,6 +35,43 @@ def test_answer_on_stdout_figures_on_stderr(opened: list[ScriptedLLM], capsys: S
     messages, params = llm.asked[0]
     assert messages == [{"role": "user", "content": "Capital of France?"}]
     assert (params.temperature, params.max_tokens, params.grammar, params.seed) == (0.0, 512, None, None)
+
+
+def test_a_length_is_cut_to_what_fits_only_where_nobody_named_one(
+    opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    monkeypatch.setattr(ScriptedLLM, "room", 100)
+    assert main(["run", "x"]) == 0
+    assert opened[0].asked[0][1].max_tokens is None
+    assert main(["run", "x", "--max-tokens", "512"]) == 2
+    assert "error: max_tokens 512 does not fit" in capsys.readouterr().err
+    assert opened[1].asked == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", ""], ["run", " \n"], ["run", "-"], ["run", "", "--raw"]], ids=repr
+)
+def test_an_empty_prompt_is_a_mistake(
+    opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(arguments) == 2
+    reason = "standard input holds no prompt" if "-" in arguments else "the prompt is empty"
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
+    assert opened == [], "the model need not be loaded to see it"
+
+
+def test_a_model_that_cannot_converse(
+    opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    monkeypatch.setattr(ScriptedLLM, "chat_template", None)
+    assert main(["run", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "scripted has no chat template" in err and "--raw" in err and "--chat-template FILE" in err
+    assert main(["chat"]) == 2
+    err = capsys.readouterr().err
+    assert "--chat-template FILE" in err and "--raw" not in err
+    assert main(["run", "x", "--raw"]) == 0
 
 
 def test_json_is_one_object(opened: list[ScriptedLLM], capsys: Streams) -> None:
@@ -195,3 +234,21 @@ def test_an_error_in_a_delta_is_raised() -> None:
     )
     with pytest.raises(EngineDead, match="out of pages"):
         list(Answer().follow([broken]))
+
+
+def test_native_kernels_are_named_where_they_serve(
+    opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    assert main(["run", "hi"]) == 0
+    assert capsys.readouterr().err.rstrip().endswith(" · native kernels: scripted")
+    monkeypatch.setattr(ScriptedLLM, "native_kernels", None)
+    assert main(["run", "hi"]) == 0
+    assert "native" not in capsys.readouterr().err
+
+
+def test_an_engine_names_native_kernels_where_they_serve() -> None:
+    small = {"device": "cpu", "max_total_tokens": 512, "context_length": 64}
+    with LLM(**small) as llm:
+        assert llm.native_kernels == summary()
+    with LLM(force_kernel=("*=reference",), **small) as llm:
+        assert llm.native_kernels is None or extension() is None

@@ -56,6 +56,7 @@ HOST = Capabilities(
     device_name="a processor",
     memory_bytes=16 * GIB,
     fast_dtypes=("float32",),
+    collective_backend="gloo",
     num_threads=8,
 )
 FAST_HOST = dataclasses.replace(HOST, fast_dtypes=("bfloat16", "float32"))
@@ -68,6 +69,7 @@ GPU = Capabilities(
     fast_dtypes=("bfloat16", "float16"),
     has_streams=True,
     has_graphs=True,
+    collective_backend="nccl",
 )
 
 
@@ -181,6 +183,16 @@ def test_context_is_bounded_on_a_host_unless_asked_for() -> None:
 def test_ranks_share_the_threads() -> None:
     assert resolved(LARGE, HOST, 90 * GIB, tp=4).config.device.threads == 2
     assert resolved(tp=3, dp=4).config.device.threads == 1
+
+
+def test_a_pool_that_was_asked_for_is_whole_pages_and_says_so() -> None:
+    found = resolved(max_total_tokens=20, page_size=16)
+    (decision,) = (each for each in found.decisions if each.name == "max_total_tokens")
+    assert found.config.cache.max_total_tokens == decision.value == 16
+    assert "20, down to whole pages of 16" in decision.why
+    exact = resolved(max_total_tokens=48, page_size=16)
+    assert exact.config.cache.max_total_tokens == 48
+    assert all("whole pages" not in each.why for each in exact.decisions if each.name == "max_total_tokens")
 
 
 @pytest.mark.parametrize(
@@ -373,3 +385,19 @@ def test_expert_ranks_copy_everything_but_experts(tp: int, ep: int) -> None:
 def test_devices_for_every_rank() -> None:
     with pytest.raises(ConfigError, match=r"--tp 2 with --ep 4 needs 8 devices, but cuda has 4; lower them"):
         resolved(MIXTURE, GPU, tp=2, ep=4)
+
+
+@pytest.mark.parametrize("axis", ["tp", "ep"])
+def test_ranks_need_collectives(axis: str) -> None:
+    alone = dataclasses.replace(HOST, collective_backend=None)
+    experts = dataclasses.replace(SMALL, num_experts=8)
+    assert resolved(experts, alone).config.parallel.num_ranks == 1
+    with pytest.raises(ConfigError, match=f"--{axis} 2: cpu states no collectives for ranks to sum over"):
+        resolved(experts, alone, **{axis: 2})
+
+
+def test_one_operator_is_forced_to_one_kernel() -> None:
+    same = ("rms_norm=torch", "rms_norm=torch", "rope=torch")
+    assert resolved(force_kernel=same).config.kernels.forced == {"rms_norm": "torch", "rope": "torch"}
+    with pytest.raises(ConfigError, match="asks for rms_norm=torch and for rms_norm=native; give one of them"):
+        resolved(force_kernel=("rms_norm=torch", "rms_norm=native"))

@@ -98,7 +98,7 @@ def test_whoever_forces_a_part_gets_the_parts() -> None:
         assert ("norm_rope_store", "parts") in bound(build)
         assert {op for op, _ in bound(build)} >= {"rope", "kv_store", "rms_norm"}
     with pytest.raises(
-        KernelError, match="norm_rope_store=triton cannot serve .* rope=torch asks for the parts"
+        KernelError, match=r"norm_rope_store=triton cannot serve .* rope=torch asks for the parts"
     ):
         on_hopper(forced={"norm_rope_store": "triton", "rope": "torch"})
     build = on_hopper(forced={"norm_rope_store": "triton", "linear": "torch"})

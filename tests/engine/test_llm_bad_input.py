@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
+import torch
 from tiny_llm import make_tiny, open_tiny
 
 from lockstep.core.errors import ConfigError, InvalidRequest, LockstepError, ModelFileError
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.llm import LLM
+from lockstep.server import prompting
+from lockstep.server.schema.chat import Role
+from lockstep.tokenizer.conversation import ROLES, TEMPLATE_ROLES
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -24,6 +31,16 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     path = tmp_path_factory.mktemp("llama")
     make_tiny(path)
     with open_tiny(path, context_length=CONTEXT, max_total_tokens=128) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def conversing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    path = tmp_path_factory.mktemp("chat")
+    make_tiny(path)
+    template = path / "short.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}:{{ message.content }};{% endfor %}")
+    with open_tiny(path, chat_template=str(template)) as opened:
         yield opened
 
 
@@ -47,6 +64,14 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         ({"seed": 2**64}, "seed"),
         ({"n": 0}, "n"),
         ({"stop": ("",)}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop_token_ids": -1}, "stop_token_ids"),
+        ({"stop_token_ids": True}, "stop_token_ids"),
+        ({"stop_token_ids": (1, True)}, "stop_token_ids"),
+        ({"logit_bias": [3]}, "logit_bias"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias"),
+        ({"grammar": "[0-9]+"}, "grammar"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
@@ -87,6 +112,63 @@ def test_prompts(llm: LLM, prompt: Any, message: str) -> None:
         assert caught.value.param in ("prompt", None)
     after = llm.stats()
     assert (after.num_steps, after.num_waiting, after.num_running) == (before.num_steps, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamplingParams(temprature=1), "no field 'temprature'; did you mean 'temperature'"),  # type: ignore[call-arg]
+        (lambda: replace(SamplingParams(), max_token=1), "no field 'max_token'; did you mean 'max_tokens'"),
+        (lambda: SamplingParams(grammar="[0-9]+"), r"such as Grammar\('regex', '\[0-9\]\+'\), not"),  # type: ignore[arg-type]
+        (
+            lambda: Grammar("regexp", "a"),
+            "json_schema, json_object, regex, ebnf, not 'regexp'; did you mean 'regex'",
+        ),  # type: ignore[arg-type]
+        (lambda: Grammar("json_schema", {"type": "object"}), r"is text, not dict: pass json\.dumps\(schema\)"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(top_p=0.0), "top_p must be above 0 and at most 1, not 0.0"),
+    ],
+)
+def test_what_is_misspelt_is_told_what_is_right(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make()
+
+
+def test_one_stop_is_as_good_as_a_list_of_one() -> None:
+    one = SamplingParams(stop="numbers", stop_token_ids=7)  # type: ignore[arg-type]
+    assert one == SamplingParams(stop=("numbers",), stop_token_ids=(7,))
+    assert one == SamplingParams(stop=["numbers"], stop_token_ids=[7])  # type: ignore[arg-type]
+    assert one == pickle.loads(pickle.dumps(one)) == replace(one)
+
+
+def test_integers_of_numpy_and_torch_are_integers(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logit_bias={9: 5.0})
+    (expected, twin) = llm.generate([GOOD, GOOD], params)
+    assert expected == twin
+    array, tensor = np.array(GOOD), torch.tensor(GOOD)
+    for prompt in (array, tensor, list(array), list(tensor), array.astype(np.uint8)):
+        (found,) = llm.generate(prompt, params)  # type: ignore[arg-type]
+        assert found == expected and all(type(token) is int for token in found.prompt_token_ids)
+    for prompts in (np.stack([array, array]), torch.stack([tensor, tensor]), [array, tensor]):
+        assert llm.generate(prompts, params) == [expected, expected]  # type: ignore[arg-type]
+    bias: dict[int, float] = {np.int64(9): 5.0}  # type: ignore[dict-item]
+    assert SamplingParams(stop_token_ids=array[:1], logit_bias=bias, top_k=tensor[0]) == SamplingParams(
+        stop_token_ids=(5,), logit_bias={9: 5.0}, top_k=5
+    )
+    for wrong in (np.array([1.0]), torch.tensor([1.5]), [1.0, 2], [True, 1], 7.5):
+        with pytest.raises((InvalidRequest, TypeError)):
+            llm.generate(wrong)  # type: ignore[arg-type]
+
+
+def test_an_answer_longer_than_what_fits_is_refused_with_the_numbers(llm: LLM) -> None:
+    room = CONTEXT - len(GOOD)
+    with pytest.raises(
+        InvalidRequest, match=f"max_tokens {room + 1} .* prompt's 3 tokens.* at most {room}$"
+    ) as no:
+        llm.generate([GOOD], SamplingParams(max_tokens=room + 1))
+    assert (no.value.param, no.value.code) == ("max_tokens", "context_length_exceeded")
+    for fitting in (room, None):
+        answer = llm.generate([GOOD], SamplingParams(max_tokens=fitting, ignore_eos=True, seed=1))[0]
+        assert (len(answer.token_ids), answer.finish_reason) == (room, "length")
 
 
 def test_params_must_match_the_prompts(llm: LLM) -> None:
@@ -131,6 +213,47 @@ def test_a_request_that_fails_while_it_runs_leaves_the_others(llm: LLM) -> None:
 def test_no_chat_template(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="no chat template"):
         llm.chat([{"role": "user", "content": "Hello"}])
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("Hello", "messages"),
+        ({"role": "user", "content": "Hello"}, "messages"),
+        (["Hello"], "messages[0]"),
+        ([{"content": "Hello"}], "messages[0].role"),
+        ([{"role": "user", "content": "Hello"}, {"role": "boss", "content": "Work!"}], "messages[1].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+    ],
+)
+def test_conversations(conversing: LLM, messages: Any, param: str) -> None:
+    for ask in (conversing.chat, conversing.stream_chat):
+        with pytest.raises(InvalidRequest, match="messages") as caught:
+            ask(messages)
+        assert caught.value.param == param
+
+
+def test_roles_are_those_of_the_http_interface(conversing: LLM) -> None:
+    assert get_args(Role) == ROLES and TEMPLATE_ROLES == prompting._ROLES
+    params = SamplingParams(max_tokens=1)
+    said = [{"role": role, "content": "x"} for role in ROLES]
+    answer = conversing.chat([*said, {"role": "assistant"}], params)
+    shown = conversing.tokenizer.decode(answer.prompt_token_ids)
+    assert shown == "system:x;system:x;user:x;assistant:x;tool:x;tool:x;assistant:;"
+
+
+def test_a_broken_chat_template_is_named_when_the_model_opens(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% if %}")
+    with pytest.raises(ModelFileError, match=r"^--chat-template .*mine\.jinja is broken at line 1: "):
+        open_tiny(tmp_path, chat_template=str(template))
+    template.write_text("{{ messages + 1 }}")
+    refused = pytest.raises(InvalidRequest, match=r"^--chat-template .*mine\.jinja cannot render")
+    with open_tiny(tmp_path, chat_template=str(template)) as opened, refused:
+        opened.chat([{"role": "user", "content": "Hello"}])
 
 
 def test_options_and_files(tmp_path: Path) -> None:

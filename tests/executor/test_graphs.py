@@ -44,7 +44,7 @@ class Engine:
 
     def __init__(self, layout: Layout, *, with_graphs: bool) -> None:
         platform = load_platform("cpu")
-        self.selector = TapeSelector(platform.capabilities(), ("torch",))
+        self.selector = TapeSelector(platform.capabilities(), ("torch",), only=True)
         self.build = Build(
             Mesh.solo(),
             HOST,

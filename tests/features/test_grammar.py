@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +62,29 @@ def test_json_schema_in_one_style(
     assert fits(compiler, embedded, schema(PERSON), text) is expected
     flexible = schema({**PERSON, "x-guidance": {"whitespace_flexible": True}})
     assert fits(compiler, embedded, flexible, text) is expected
+
+
+@pytest.mark.parametrize("source", ["(a{1000}){1000}", r"(\w{1,200}){1,200}", r"[a-z]{9}(\w{1,200}){1,200}"])
+def test_what_outgrows_the_limits_is_known_before_it_runs(compiler: GrammarCompiler, source: str) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be used: lexer error") as refusal:
+        compiler.validate(Grammar("regex", source))
+    assert refusal.value.code == "invalid_grammar"
+
+
+def test_overlapping_one_of_is_any_of(compiler: GrammarCompiler, embedded: Tokenizer) -> None:
+    overlapping = schema({"oneOf": [{"type": "number"}, {"type": "integer"}]})
+    assert fits(compiler, embedded, overlapping, "1") and fits(compiler, embedded, overlapping, "1.5")
+    tagged = [
+        {
+            "type": "object",
+            "properties": {"kind": {"const": kind}, "x": {"type": of}},
+            "required": ["kind", "x"],
+        }
+        for kind, of in (("cat", "integer"), ("dog", "string"))
+    ]
+    union = schema({"oneOf": tagged, "discriminator": {"propertyName": "kind"}})
+    assert fits(compiler, embedded, union, '{"kind": "cat", "x": 1}')
+    assert not fits(compiler, embedded, union, '{"kind": "dog", "x": 1}')
 
 
 @pytest.mark.parametrize(
@@ -261,3 +286,61 @@ def test_texts_that_a_tokenizer_normalises_are_still_spelled(embedded: Tokenizer
     while not state.complete:
         assert state.accept(min(allowed_ids(state, embedded.vocab_size // 32)))
     assert state.error == ""
+
+
+DOCUMENTED = re.search(
+    r"## Structured output(.*?)\n## ", (Path(__file__).parents[2] / "docs" / "http.md").read_text(), re.DOTALL
+)
+BASE: dict[str, object] = {"properties": {"a": {"type": "string"}}}
+SAMPLES: dict[str, dict[str, object]] = {
+    "type": {"type": "string"},
+    "const": {"const": 1},
+    "enum": {"enum": [1]},
+    "anyOf": {"anyOf": [{"type": "null"}]},
+    "oneOf": {"oneOf": [{"type": "null"}]},
+    "allOf": {"allOf": [{"type": "string"}, {"maxLength": 3}]},
+    "$ref": {"$ref": "#/$defs/x", "$defs": {"x": {"type": "null"}}},
+    "$defs": {"$defs": {}},
+    "definitions": {"$ref": "#/definitions/x", "definitions": {"x": {"type": "null"}}},
+    "properties": BASE,
+    "required": BASE | {"required": ["a"]},
+    "additionalProperties": BASE | {"additionalProperties": False},
+    "patternProperties": {"patternProperties": {"^x": {"type": "null"}}},
+    "minProperties": {"minProperties": 1},
+    "maxProperties": {"maxProperties": 3},
+    "items": {"items": {"type": "null"}},
+    "prefixItems": {"prefixItems": [{"type": "null"}]},
+    "minItems": {"minItems": 1},
+    "maxItems": {"maxItems": 2},
+    "minimum": {"minimum": 1},
+    "maximum": {"maximum": 1},
+    "exclusiveMinimum": {"exclusiveMinimum": 1},
+    "exclusiveMaximum": {"exclusiveMaximum": 1},
+    "multipleOf": {"type": "integer", "multipleOf": 5},
+    "minLength": {"minLength": 1},
+    "maxLength": {"maxLength": 1},
+    "pattern": {"pattern": "^a$"},
+    **{
+        name: {"type": "string", "format": name}
+        for name in (
+            *("date", "time", "date-time", "duration", "email"),
+            *("hostname", "ipv4", "ipv6", "uuid", "uri"),
+        )
+    },
+}
+
+
+def test_documented_keywords_are_those_that_work(compiler: GrammarCompiler) -> None:
+    assert DOCUMENTED is not None
+    listed = [line for line in DOCUMENTED[1].splitlines() if line.startswith(("- ", "  "))]
+    assert set(re.findall(r"`([^`]+)`", " ".join(listed))) == {*SAMPLES, "format"}
+    for sample in SAMPLES.values():
+        compiler.validate(schema(sample))
+
+
+@pytest.mark.parametrize(
+    "keyword", ["not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired", "$dynamicRef"]
+)
+def test_other_keywords_are_refused_by_name(compiler: GrammarCompiler, keyword: str) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(keyword)):
+        compiler.validate(schema({"type": "array", keyword: True}))

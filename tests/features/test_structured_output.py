@@ -15,7 +15,7 @@ import torch
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.core.step import SequenceStart
-from lockstep.features.grammar import GrammarCompiler
+from lockstep.features.grammar import GrammarCompiler, failed_by_grammar
 from lockstep.features.structured import StructuredOutput
 from lockstep.tokenizer.tokenizer import Tokenizer
 
@@ -340,6 +340,20 @@ def test_half_precision_logits_are_masked_in_place(compiler: GrammarCompiler) ->
     hook.mask([1], logits)
     assert torch.isfinite(logits).sum() == 1
     assert logits[0, EOS] == 1
+
+
+def test_a_grammar_that_fails_after_a_token_ends_its_sequence(embedded: Tokenizer) -> None:
+    """An allowed token may leave the grammar broken; that must not pass for a complete answer."""
+    hook = StructuredOutput(GrammarCompiler(embedded))
+    hook.start(1, begin(Grammar("regex", r"[a-z ]{200}(\w{1,200}){1,200}")))
+    (letter,) = embedded.encode("a", add_special_tokens=False)
+    with pytest.raises(InvalidRequest, match="cannot go on after token") as refusal:
+        for _ in range(400):
+            logits = torch.zeros(1, 49152)
+            hook.mask([1], logits)
+            assert not hook.accept(1, letter if torch.isfinite(logits[0, letter]) else EOS)
+    assert failed_by_grammar(str(refusal.value))
+    assert not failed_by_grammar("the model's scores are not numbers")
 
 
 def test_bad_sequences_fail_alone(compiler: GrammarCompiler, embedded: Tokenizer) -> None:

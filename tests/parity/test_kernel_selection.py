@@ -76,7 +76,11 @@ def test_preference_orders_and_reference_comes_last_unless_listed() -> None:
 def test_a_kernel_that_no_preference_names_comes_before_torch_and_the_reference() -> None:
     found = bind("narrow", "torch", "reference")
     assert found.kernel.provider == "good" and dict(found.refused).keys() == {"narrow", "gilled"}
-    assert bind("torch").kernel.provider == "good"
+    alone = KernelSelector(HERE, ("torch",)).bind("rms_norm", "norm", {**SIGNATURE, "width": 16})
+    assert (alone.kernel.provider, alone.why.partition(",")[0]) == (
+        "narrow",
+        "named by no preference of this platform",
+    )
     assert bind("torch", only=True).kernel.provider == "reference"
 
 

@@ -10,7 +10,6 @@ import torch
 
 from lockstep.core.capabilities import Capabilities
 from lockstep.native import usable_instruction_sets
-from lockstep.ops.cases import DTYPES
 from lockstep.ops.check import check_kernel, check_mutants
 from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 from lockstep.ops.registry import contracts, kernels
@@ -83,31 +82,6 @@ def test_tolerances_have_no_slack(contract: Contract) -> None:
         assert any(report.num_cases for report in reports), f"no case has a result in {dtype}"
         worst = max(report.worst_share for report in reports)
         assert worst > 0.03 or contract.tolerance[dtype] == Tolerance(0, 0), f"{dtype}: {worst:.3f}"
-
-
-@pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
-def test_cases_cover_what_breaks_kernels(contract: Contract) -> None:
-    """No rows, one row, sizes that are no multiple of a vector, rows that do not lie side by side, every dtype."""
-    generator = torch.Generator().manual_seed(0)
-    calls = [(case, case.make(generator)) for case in contract.cases()]
-    tensors = [[value for value in arguments if isinstance(value, torch.Tensor)] for _, arguments in calls]
-    assert len({case.name for case, _ in calls}) == len(calls), "two cases share a name"
-    assert {0, 1} <= {first[0].shape[0] for first in tensors}
-    assert any(size % 8 for each in tensors for tensor in each for size in tensor.shape if size > 8)
-    dtypes = {tensor.dtype for each in tensors for tensor in each if tensor.is_floating_point()}
-    assert not dtypes or dtypes >= set(DTYPES)
-    assert {result_dtype(contract, case) for case, _ in calls} <= set(contract.tolerance)
-    for case, arguments in calls:
-        assert set(case.signature) == set(contract.signature), case.name
-        assert len(arguments) == len(contract.arguments), case.name
-
-
-@pytest.mark.parametrize("op", ["rms_norm", "rope", "kv_store"])
-def test_what_layers_slice_is_tested_in_slices(op: str) -> None:
-    """Heads and rows cut from packed products reach these operators with gaps between the rows."""
-    generator = torch.Generator().manual_seed(0)
-    first = [case.make(generator)[0] for case in contracts()[op].cases()]
-    assert any(isinstance(value, torch.Tensor) and not value.is_contiguous() for value in first)
 
 
 def test_every_contract_describes_itself() -> None:

@@ -1,28 +1,37 @@
-"""A whole tiny model, traced in one piece: the same bits and the same kernels as eager."""
+"""Whole tiny models, traced in one piece: the same bits and the same kernels as eager."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 
-from lockstep.attention.backend import Span
+from lockstep.attention.backend import AttentionBackend, Span
+from lockstep.attention.choice import choose_backend
 from lockstep.attention.torch_backend import TorchBackend
+from lockstep.engine.llm import LLM
+from lockstep.engine.loading import bind_model, new_build
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
-from lockstep.models.llm.llama import LlamaModel
-from lockstep.models.loading.sources import RandomWeights
+from lockstep.models.llm.decoder import DecoderModel
+from lockstep.models.loading.sources import RandomWeights, ShapeWeights
+from lockstep.models.loading.weights import FileWeights
+from lockstep.models.registry import model_class
 from lockstep.ops.library import TraceableSelector, kernels_called
-from lockstep.ops.selection import KernelSelector
+from lockstep.ops.selection import Binding, KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
 
-pytestmark = pytest.mark.suite("cpu")
+pytestmark = pytest.mark.suite("cpu", seconds=60)
 
-CONFIG = {
+PAGE_SIZE, NUM_TOKENS = 4, 6
+SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -31,34 +40,71 @@ CONFIG = {
     "head_dim": 16,
     "vocab_size": 96,
 }
-PAGE_SIZE, NUM_TOKENS = 4, 6
+CONFIGS: Mapping[str, dict[str, Any]] = {
+    "llama": {**SIZES, "architectures": ["LlamaForCausalLM"]},
+    # The embedding looks rows up in the weight that the head's product reads.
+    "llama, tied": {**SIZES, "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "experts": {
+        **SIZES,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "mlp_only_layers": [0],
+    },
+}
 
 
-def built(platform_name: str, selector: type[KernelSelector]) -> tuple[LlamaModel, Build]:
-    platform = load_platform(platform_name)
-    kernels = selector(platform.capabilities(), platform.kernel_preference)
-    device = platform.device()
-    build = Build(Mesh.solo(), device, torch.float32, torch.float32, RandomWeights(3), kernels, 64, PAGE_SIZE)
-    return LlamaModel.make(build, CONFIG), build
+@dataclass(frozen=True)
+class Built:
+    """A model whose every operator is bound, and the scores of a prompt of NUM_TOKENS in two pages of an empty pool."""
+
+    model: DecoderModel
+    build: Build
+    attention: AttentionBackend
+    attends: tuple[Binding, ...]
+
+    @classmethod
+    def on(
+        cls, platform_name: str, config: dict[str, Any], dtype: torch.dtype, selector: type[KernelSelector]
+    ) -> Built:
+        platform = load_platform(platform_name)
+        capabilities, device = platform.capabilities(), platform.device()
+        kernels = selector(capabilities, platform.kernel_preference)
+        build = Build(Mesh.solo(), device, dtype, dtype, RandomWeights(3), kernels, 64, PAGE_SIZE)
+        model = model_class(config).make(build, config)
+        preference, signature = platform.attention_preference, build.attention_signature
+        backend, attends = choose_backend("auto", capabilities, preference, signature, selector=selector)
+        return cls(model, build, backend, attends)
+
+    @property
+    def kernels(self) -> list[tuple[str, str, str]]:
+        """Every call site with its operator and kernel."""
+        sites = (*self.build.kernels.bindings, *self.attends)
+        return [(each.where, each.op, each.kernel.provider) for each in sites]
+
+    def scores(self, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+        device = self.build.device
+        pool = KVPool(
+            tuple(self.build.kv_layers),
+            num_pages=2,
+            page_size=PAGE_SIZE,
+            dtype=self.build.kv_dtype,
+            allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device),
+        )
+        rows, spans = torch.arange(NUM_TOKENS, device=device), [Span(0, NUM_TOKENS, [1, 0])]
+        plan = self.attention.plan(spans, page_size=PAGE_SIZE, windows=self.build.windows, device=device)
+        slots = (rows + PAGE_SIZE) % (2 * PAGE_SIZE)
+        return forward(ForwardContext(rows, slots, self.attention, plan, pool), rows).cpu()
+
+    def forward(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(self.model.forward(ctx, token_ids))
 
 
-def context(build: Build) -> ForwardContext:
-    """A prompt of NUM_TOKENS in two pages of an empty pool."""
-    pool = KVPool(
-        tuple(build.kv_layers),
-        num_pages=2,
-        page_size=PAGE_SIZE,
-        dtype=torch.float32,
-        allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=build.device),
-    )
-    attention, rows = TorchBackend(), torch.arange(NUM_TOKENS, device=build.device)
-    spans = [Span(0, NUM_TOKENS, [1, 0])]
-    plan = attention.plan(spans, page_size=PAGE_SIZE, windows=build.windows, device=build.device)
-    return ForwardContext(rows, (rows + PAGE_SIZE) % (2 * PAGE_SIZE), attention, plan, pool)
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("platform", ["cpu", "sim"])
-def test_a_model_compiles_in_one_piece(platform: str) -> None:
+def test_a_model_compiles_in_one_piece(platform: str, name: str, dtype: torch.dtype) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(module: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
@@ -67,13 +113,51 @@ def test_a_model_compiles_in_one_piece(platform: str) -> None:
 
     torch._dynamo.reset()
     with torch.inference_mode():
-        plain, plain_build = built(platform, KernelSelector)
-        traced, traced_build = built(platform, TraceableSelector)
+        plain = Built.on(platform, CONFIGS[name], dtype, KernelSelector)
+        traced = Built.on(platform, CONFIGS[name], dtype, TraceableSelector)
+        assert traced.kernels == plain.kernels
+        expected = plain.scores(plain.forward)
         compiled = torch.compile(traced.forward, backend=backend, fullgraph=True)
-        token_ids = torch.arange(NUM_TOKENS, device=plain_build.device)
-        expected = plain.forward(context(plain_build), token_ids).cpu()
-        assert torch.equal(compiled(context(traced_build), token_ids).cpu(), expected)
-    names = [f"{each.op}_{each.kernel.provider}" for each in traced_build.kernels.bindings]
-    assert names == [f"{each.op}_{each.kernel.provider}" for each in plain_build.kernels.bindings]
-    # The head is no part of the forward.
-    assert len(graphs) == 1 and Counter(kernels_called(graphs[0].graph)) == Counter(names[:-1])
+        assert torch.equal(traced.scores(compiled), expected)
+    assert len(graphs) == 1
+    # Every call site is called, and nothing else; torch's backend computes a prompt with torch's own operators.
+    called = Counter(kernels_called(graphs[0].graph))
+    bound = Counter(f"{op}_{provider}" for _, op, provider in traced.kernels)
+    del bound[f"attention_decode_{traced.attends[0].kernel.provider}"]
+    if isinstance(traced.attention, TorchBackend):
+        del bound["attention_extend_torch"]
+    assert called >= bound and set(called) == set(bound)
+
+
+def test_a_whole_decoder_is_bound_alike_and_leaves_nothing_to_compile() -> None:
+    platform = load_platform("cpu")
+    signature = {
+        "dtype": torch.bfloat16,
+        "pool_dtype": torch.bfloat16,
+        "head_dim": 16,
+        "inner_size": 96,
+        "num_ranks": 1,
+    }
+    plain, traced = (
+        selector(platform.capabilities(), platform.kernel_preference).bind_fused(
+            "decoder_forward", "", signature
+        )
+        for selector in (KernelSelector, TraceableSelector)
+    )
+    assert plain is not None and traced is not None and traced.kernel is plain.kernel
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("platform", ["cpu", "sim"])
+def test_a_model_is_bound_alike_whether_it_is_to_be_compiled_or_not(
+    platform: str, dtype: str, tiny_llama: Path
+) -> None:
+    """Every call site of an engine, the sampler's too, against the same model bound for compiling."""
+    with LLM(str(tiny_llama), device=platform, dtype=dtype, max_total_tokens=256) as llm:
+        report, opened = llm.kernel_report(), llm._engine.opened
+    mesh, weights = Mesh.shapes_only({"ep": 1, "tp": 1}, rank=0), ShapeWeights(FileWeights(opened.files))
+    where = (load_platform("null").device(), mesh, weights, opened.platform)
+    build = new_build(opened.config, *where, selector=TraceableSelector)
+    bound = bind_model(build, opened.facts, opened.files.config, opened.config, opened.platform).bindings
+    facts = [[(each.op, each.where, each.kernel.provider, each.why) for each in run] for run in (report, bound)]
+    assert facts[0] == facts[1] and len(facts[0]) > 20

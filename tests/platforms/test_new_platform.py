@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from lockstep.cli.main import main
+from lockstep.core.errors import ConfigError
+from lockstep.ops.registry import contracts, kernels
 from lockstep.platforms.registry import platform_names
+from lockstep.platforms.skeleton import write_skeleton
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -84,13 +87,60 @@ def test_commands_know_it(environment: dict[str, str]) -> None:
     assert "toy_card" not in platform_names()
 
 
+def test_it_is_used_where_it_is_named_and_nowhere_else(environment: dict[str, str]) -> None:
+    """It could be used, which does not make it anybody's default."""
+    without = {name: value for name, value in environment.items() if name != "LOCKSTEP_DEVICE"}
+    explain = [*COMMAND, "explain", "config", "--json"]
+    found = subprocess.run(explain, env=without, capture_output=True, text=True, timeout=120)
+    device = next(each for each in json.loads(found.stdout) if each["name"] == "device")
+    assert device["value"] != "toy_card" and "toy_card of other packages only where named" in device["why"]
+    named = subprocess.run(
+        [*explain, "--device", "toy_card"], env=without, capture_output=True, text=True, timeout=120
+    )
+    device = next(each for each in json.loads(named.stdout) if each["name"] == "device")
+    assert (device["value"], device["why"]) == ("toy_card", "--device")
+
+
+def test_a_broken_package_of_kernels_leaves_other_runs_alone(
+    package: Path, environment: dict[str, str]
+) -> None:
+    kernels = next((package.parent / "site").rglob("lockstep_toy_card/kernels.py"))
+    right = kernels.read_text()
+    kernels.write_text("import no_such_library\n")
+    try:
+        command = [*COMMAND, "ops", "explain", "--device", "cpu", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    finally:
+        kernels.write_text(right)
+    assert done.returncode == 0 and json.loads(done.stdout)
+    assert done.stderr.count("\n") == 1
+    assert "the kernels of package lockstep-toy_card are left out" in done.stderr.replace(
+        "toy-card", "toy_card"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("cuda", "there is a platform 'cuda' already"), ("Toy", "cannot name a platform"), ("a-b", "cannot name")],
+    [
+        ("cuda", "there is a platform 'cuda' already"),
+        ("Toy", "cannot name a platform"),
+        ("a-b", "cannot name"),
+        ("auto", "it is a word of --device"),
+        ("engine", "it is the name of this project's own package"),
+        ("native_avx2", "it is what kernels of this project are called"),
+    ],
 )
 def test_names_that_cannot_be(name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["platform", "new", name, "--path", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_platform_is_called_what_kernels_are(tmp_path: Path) -> None:
+    providers = {kernel.provider for op in contracts() for kernel in kernels(op)}
+    for provider in sorted(providers):
+        with pytest.raises(ConfigError, match=r"cannot name a platform|already"):
+            write_skeleton(provider, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,6 +65,7 @@ def test_what_is_not_stated_is_no() -> None:
     platform = define(**FACTS | METHODS)()
     stated = platform.capabilities()
     assert not (stated.has_graphs or stated.has_streams or stated.has_triton or stated.features)
+    assert stated.collective_backend is None
     assert platform.new_stream() is None
     with pytest.raises(PlatformError, match="made_up has no graphs"):
         platform.new_graph()
@@ -107,6 +111,25 @@ def test_absent_devices_say_why() -> None:
             pick_platform(name)
 
 
+def _fail_for(name: str) -> Callable[..., None]:
+    """A finder of modules that raises for one of them what a vendor's library may."""
+
+    def find_spec(asked: str, *where: object) -> None:
+        if asked == name:
+            raise OSError("no driver")
+
+    return find_spec
+
+
+def test_a_platform_from_outside_is_never_picked_for_anybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = define(**FACTS | METHODS)
+    point = SimpleNamespace(name="made_up", value="", dist=None, load=lambda: offered)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "_AUTOMATIC", ("rocm", "cpu"))
+    assert pick_platform("auto").name == "cpu"
+    assert pick_platform("made_up").name == "made_up"
+
+
 def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     point = EntryPoint("made_up", value, registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
@@ -116,6 +139,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     ("value", "said"),
     [
         ("no.such.module:Thing", "cannot be imported: No module named 'no'"),
+        ("antigravity_of_tests:Thing", "cannot be imported: no driver"),
         ("math:pi", "is 3.14.*, not a Platform class"),
         ("lockstep.platforms.cpu:CpuPlatform", "offers platform 'cpu' under the name 'made_up'"),
     ],
@@ -123,6 +147,8 @@ def offer(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
 def test_a_package_that_offers_something_else_is_named(
     value: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    broken = SimpleNamespace(find_spec=_fail_for("antigravity_of_tests"))
+    monkeypatch.setattr(sys, "meta_path", [broken, *sys.meta_path])
     offer(monkeypatch, value)
     assert "made_up" in platform_names()
     with pytest.raises(LockstepError, match=said):

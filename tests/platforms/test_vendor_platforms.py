@@ -111,12 +111,28 @@ def test_rocm_states_what_the_device_says(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: object())
     platform = load_platform("rocm")
     assert platform.unavailable_reason() is None
     stated = platform.capabilities()
     assert stated.has("gfx942") and (stated.num_devices, stated.memory_bytes) == (8, 192 << 30)
     # Nobody has seen these work there.
     assert not stated.has_graphs and not stated.has("fp8") and not stated.has("fast_bf16_attention")
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_rocm_repeats_what_torch_says_of_streams_bfloat16_and_collectives(
+    says: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="Instinct", gcnArchName="gfx942", total_memory=192 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: object() if says else None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: says)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: says)
+    stated = load_platform("rocm").capabilities()
+    assert stated.has_streams == says and ("bfloat16" in stated.fast_dtypes) == says
+    assert stated.collective_backend == ("nccl" if says else None)
 
 
 def test_a_graph_of_cuda_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +173,10 @@ def test_musa_states_what_the_extension_says(monkeypatch: pytest.MonkeyPatch) ->
     platform = load_platform("musa")
     assert platform.unavailable_reason() is None
     stated = platform.capabilities()
-    assert (stated.device_name, stated.num_devices, stated.collective_backend) == ("MTT", 2, "mccl")
+    assert (stated.device_name, stated.num_devices) == ("MTT", 2)
     assert not stated.has_graphs and platform.memory().available_bytes == 1
+    # The module says nothing of these, so neither does the platform.
+    assert not stated.has_streams and stated.fast_dtypes == ("float32",) and stated.collective_backend is None
+    musa.current_stream, musa.is_bf16_supported = (lambda index: object()), (lambda: True)
+    stated = platform.capabilities()
+    assert stated.has_streams and stated.fast_dtypes == ("bfloat16", "float32")

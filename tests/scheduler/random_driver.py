@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from simulated_executor import SimulatedExecutor
@@ -151,9 +151,13 @@ class RandomDriver:
             grammar=Grammar("json_object") if self._overlaps and rng.random() < 0.02 else None,
         )
         longest = min(self.limits.context_length - 1, self.limits.num_pages * self.limits.page_size)
+        prompt = self._prompt(longest)
+        if max_tokens is not None:
+            fitting = min(max_tokens, self._room(prompt))
+            params = replace(params, max_tokens=fitting, min_tokens=min(min_tokens, fitting))
         request = Request(
             request_id=f"r{self._num_requests}",
-            prompt_token_ids=self._prompt(longest),
+            prompt_token_ids=prompt,
             params=params,
             priority=rng.randint(-1, 1),
             pooling=pooling,
@@ -166,11 +170,15 @@ class RandomDriver:
         self._num_requests += 1
         self._expect(request)
 
+    def _room(self, prompt: tuple[int, ...]) -> int:
+        """Tokens that may follow the prompt."""
+        longest = min(self.limits.context_length, self.limits.num_pages * self.limits.page_size + 1)
+        return longest - len(prompt)
+
     def _expect(self, request: Request) -> None:
         """Writes down what the client may get."""
         params = request.params
-        num_prompt = len(request.prompt_token_ids)
-        room = min(self.limits.context_length, self.limits.num_pages * self.limits.page_size + 1) - num_prompt
+        room = self._room(request.prompt_token_ids)
         stop_token_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {EOS})
         for index in range(params.n):
             self.choices[request.request_id, index] = Choice(

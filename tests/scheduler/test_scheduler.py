@@ -354,10 +354,15 @@ def test_complete_finishes_before_min_tokens(tokens: tuple[int, ...]) -> None:
     [({"context_length": 9}, 4), ({"num_pages": 2}, 4), ({"num_pages": 3}, 8)],
     ids=["context", "pool of 8", "pool of 12"],
 )
-def test_generation_ends_with_the_context_or_the_pool(changes: dict[str, int], num_tokens: int) -> None:
-    """The last token needs no KV, so a pool of 8 tokens ends a sequence of 9."""
+@pytest.mark.parametrize("asks", [False, True], ids=["what fits", "by number"])
+def test_generation_ends_with_the_context_or_the_pool(
+    changes: dict[str, int], num_tokens: int, asks: bool
+) -> None:
+    """The last token needs no KV, so a pool of 8 tokens ends a sequence of 9. As many may be asked for, not more."""
     scheduler = Scheduler(limits(**changes))
-    scheduler.add(request("a", range(5), max_tokens=1000))
+    with pytest.raises(InvalidRequest, match=f"max_tokens {num_tokens + 1} .*; ask for at most {num_tokens}$"):
+        scheduler.add(request("a", range(5), max_tokens=num_tokens + 1))
+    scheduler.add(request("a", range(5), max_tokens=num_tokens if asks else None))
     events = finish_all(scheduler)
     assert len(events) == num_tokens and events[-1].finish_reason == "length"
     assert scheduler.stats().num_preemptions == 0

@@ -91,6 +91,8 @@ class FakeClient:
     template: str | None = CHATML
     name: str = "tiny"
     is_alive: bool = True
+    is_responsive: bool = True
+    max_queued_requests: int = 1024
     started: bool = False
     closed: bool = False
     requests: list[Request] = field(default_factory=list)
@@ -118,11 +120,12 @@ class FakeClient:
 
     async def close(self) -> None:
         self.closed = True
+        await self.abort_all()
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
-        if not self.is_alive:
+        if not self.is_alive or self.closed:
             raise EngineDead("the engine stopped; try again")
-        if self.is_full:
+        if self.is_full or len(self.running) >= self.max_queued_requests:
             raise QueueFull("the queue is full (2 requests wait)", retry_after_s=1.5)
         self.requests.append(request)
         self.running[request.request_id] = asyncio.Event()
@@ -156,6 +159,8 @@ class FakeClient:
                     await asyncio.wait_for(self.running[request.request_id].wait(), self.delay_s)
                 except asyncio.TimeoutError:
                     pass
+            if self.closed:
+                raise EngineDead("the server is shutting down; the request was not completed")
             if self.running[request.request_id].is_set():
                 ended = tuple(CompletionDelta(index, finish_reason="abort") for index in range(params.n))
                 yield self._output(request, ended, num_output, finished=True)

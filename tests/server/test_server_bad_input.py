@@ -9,6 +9,8 @@ import pytest
 from fake_client import CONTEXT_LENGTH, VOCAB_SIZE, FakeClient
 from running_server import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess
 
+from lockstep.features.grammar import cannot_go_on
+
 pytestmark = pytest.mark.suite("cpu")
 
 App = Callable[..., InProcess]
@@ -30,6 +32,11 @@ def native(**params: Any) -> tuple[str, dict[str, Any]]:
 
 def message(**fields: Any) -> tuple[str, dict[str, Any]]:
     return CHAT, {"messages": [{"role": "user", "content": "hi"} | fields]}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
 BAD = [
@@ -97,6 +104,24 @@ BAD = [
     (chat(response_format={"type": "json_schema"}), "response_format", "'json_schema' must be given"),
     (chat(json_schema={"type": "strange"}), "json_schema", "broken"),
     (chat(regex="("), "regex", "broken"),
+    (
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {"type": "strange"}}}),
+        "response_format",
+        "broken",
+    ),
+    (
+        chat(
+            tools=[
+                {
+                    "type": "function",
+                    "function": {"name": "f", "parameters": {"properties": {"a": {"not": {}}}}},
+                }
+            ],
+            tool_choice="required",
+        ),
+        "tools",
+        "broken",
+    ),
     (chat(ebnf="start: ("), "ebnf", "broken"),
     (text(regex="["), "regex", "broken"),
     (native(regex="["), "regex", "broken"),
@@ -108,6 +133,29 @@ BAD = [
     (chat(tools=[TOOL, TOOL]), "tools", "same name"),
     (chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name", "pattern"),
     (chat(tools=[{"type": "mcp"}]), "tools[0].type", "'function'"),
+    (
+        chat(tools=[{"type": "custom", "custom": {"name": "f"}}]),
+        "tools[0].type",
+        "custom tools are not supported",
+    ),
+    (
+        chat(tools=[TOOL], tool_choice={"type": "custom", "custom": {"name": "f"}}),
+        "tool_choice.type",
+        "custom tools are not supported",
+    ),
+    (
+        message(
+            role="assistant", tool_calls=[{"id": "1", "type": "custom", "custom": {"name": "f", "input": "x"}}]
+        ),
+        "messages[0].tool_calls[0].type",
+        "custom tools are not supported",
+    ),
+    (chat(tools=[TOOL], tool_choice={"type": "allowed_tools"}), "tool_choice.allowed_tools", "required"),
+    (chat(tools=[TOOL], tool_choice=allowed("never", "look")), "tool_choice.allowed_tools.mode", "'required'"),
+    (chat(tools=[TOOL], tool_choice=allowed("auto")), "tool_choice.allowed_tools.tools", "at least 1 item"),
+    (chat(tools=[TOOL], tool_choice=allowed("auto", "lok")), "tool_choice", "no tool is named 'lok'"),
+    (chat(tool_choice=allowed("auto", "look")), "tool_choice", "needs 'tools'"),
+    (chat(tools=[TOOL], tool_choice={"type": "functions"}), "tool_choice.type", "'function'"),
     (chat(tool_choice="required"), "tool_choice", "needs 'tools'"),
     (chat(tools=[TOOL], tool_choice="maybe"), "tool_choice", "'required'"),
     (
@@ -126,6 +174,7 @@ BAD = [
     (text(prompt=[-1]), "prompt", "out of range"),
     (text(prompt=[[1], [VOCAB_SIZE]]), "prompt", f"0 to {VOCAB_SIZE - 1}"),
     (text(prompt="x" * CONTEXT_LENGTH), "prompt", f"holds {CONTEXT_LENGTH}"),
+    (text(prompt="x" * 17 * CONTEXT_LENGTH), "prompt", f"has {17 * CONTEXT_LENGTH} characters"),
     (message(content="x" * CONTEXT_LENGTH), "messages", f"holds {CONTEXT_LENGTH}"),
     (text(suffix="end"), "suffix", "not supported"),
     (text(n=3, best_of=2), "best_of", "less than n"),
@@ -203,6 +252,8 @@ def test_unknown_path_and_method(in_process: App) -> None:
     assert lost.status_code == 404
     assert lost.json()["error"]["code"] == "unknown_path"
     assert "did you mean '/v1/chat/completions'?" in lost.json()["error"]["message"]
+    for path, hint in [("/v1/responses", ""), ("/chat/completions", "; did you mean '/v1/chat/completions'?")]:
+        assert app.get(path).json()["error"]["message"] == f"no such path: {path}{hint}"
     wrong = app.get("/flush_cache")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
     assert wrong.json()["error"]["code"] == "method_not_allowed"
@@ -254,6 +305,28 @@ def test_failed_generation_is_500(in_process: App, stream: bool) -> None:
     response = in_process(FakeClient(fail_with="NaN in logits")).post(*chat(stream=stream))
     assert (response.status_code, response.json()["error"]["code"]) == (500, "generation_failed")
     assert "NaN in logits" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        (chat(regex="a*"), "regex"),
+        (text(prompt=["a", "b"], ebnf='start: "a"'), "ebnf"),
+        (chat(response_format={"type": "json_object"}), "response_format"),
+        (native(json_schema={}), "json_schema"),
+        (chat(tools=[TOOL], tool_choice="required"), "tools"),
+    ],
+)
+def test_a_grammar_that_fails_late_is_400(
+    in_process: App, sent: tuple[str, dict[str, Any]], param: str, stream: bool
+) -> None:
+    reason = str(cannot_go_on(5, "lexer error: too many states"))
+    response = in_process(FakeClient(fail_with=reason)).post(sent[0], sent[1] | {"stream": stream})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["message"], error["type"]) == (reason, "invalid_request_error")
+    assert (error["param"], error["code"]) == (param, "invalid_grammar")
 
 
 def test_a_bug_is_500_without_details(in_process: App) -> None:

@@ -240,6 +240,27 @@ def test_auto_tools_with_a_template_that_does_not(in_process: App) -> None:
     assert "<|im_start|>user\n<tool_response>\n3\n</tool_response>" in prompt
 
 
+def test_an_empty_model_is_the_served_one(in_process: App) -> None:
+    assert ask(in_process(), model="")["model"] == "tiny"
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_allowed_tools_hide_the_others(in_process: App, mode: str) -> None:
+    text = '[{"name": "mul", "arguments": {}}]' if mode == "required" else "no call"
+    app = in_process(FakeClient(template=CHATML_WITH_TOOLS, answer=lambda r, i: text))
+    other = {"type": "function", "function": {"name": "mul"}}
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "mul"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    [answer] = ask(app, tools=[*TOOLS, other], tool_choice=choice)["choices"]
+    assert '"mul"' in prompt_of(app) and '"add"' not in prompt_of(app)
+    grammar = app.client.requests[0].params.grammar
+    if mode == "auto":
+        assert (grammar, answer["finish_reason"]) == (None, "stop")
+    else:
+        assert grammar is not None and "mul" in grammar.source and '"add"' not in grammar.source
+        assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["mul"]
+
+
 def test_tool_choice_none_hides_the_tools(in_process: App) -> None:
     app = in_process(FakeClient(answer=lambda r, i: CALL))
     [choice] = ask(app, tools=TOOLS, tool_choice="none")["choices"]

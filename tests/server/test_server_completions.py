@@ -208,3 +208,10 @@ def test_text_from_a_server_without_a_tokenizer_is_refused(in_process: App) -> N
     response = in_process(client).post(COMPLETIONS, {"prompt": [97, 98]})
     assert response.status_code == 400
     assert "an answer of text needs a tokenizer" in response.json()["error"]["message"]
+
+
+def test_a_list_longer_than_the_queue_is_served(in_process: App) -> None:
+    app = in_process(FakeClient(max_queued_requests=2))
+    response = app.post(COMPLETIONS, {"prompt": [str(n) for n in range(10)]})
+    assert response.status_code == 200, response.text
+    assert [choice["index"] for choice in response.json()["choices"]] == list(range(10))

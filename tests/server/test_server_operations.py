@@ -47,6 +47,19 @@ def test_busy_is_healthy_and_stuck_is_not(in_process: App, monkeypatch: pytest.M
     assert app.client.running == {}
 
 
+def test_an_engine_that_does_not_answer_is_not_healthy(in_process: App) -> None:
+    app = in_process()
+    app.client.is_responsive = False
+    response = app.get("/health")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+
+
+@pytest.mark.parametrize("key", ["", " "])
+def test_an_empty_key_is_refused_at_start(in_process: App, key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        in_process(api_key=key)
+
+
 @pytest.mark.parametrize(
     "header", [None, "Bearer wrong", "Bearer ", "Basic right", "right", "Bearer rightt", "Bearer é"]
 )
@@ -133,6 +146,15 @@ def test_metrics_without_an_engine(in_process: App) -> None:
     found = samples_of(in_process(FakeClient(is_alive=False)))
     assert found["lockstep_engine_up", ()] == 0
     assert not any(name.startswith("lockstep_kv") for name, _ in found)
+
+
+def test_metrics_keep_what_was_known_of_an_engine_that_is_away(in_process: App) -> None:
+    app = in_process()
+    before = samples_of(app)
+    app.client.is_alive = False
+    after = samples_of(app)
+    assert after["lockstep_engine_up", ()] == 0
+    assert after["lockstep_kv_pages_total", ()] == before["lockstep_kv_pages_total", ()] == 100
 
 
 def test_unknown_tool_parser_is_known_at_start(in_process: App) -> None:

@@ -224,6 +224,7 @@ class Slow(FakeClient):
             await asyncio.sleep(60)
     async def close(self):
         print("closed", flush=True)
+        await super().close()
 
 client = Slow(answer=lambda r, i: "x" * 3000, delay_s=0.01)
 options = ServerOptions(port=0, log_level="error")
@@ -253,9 +254,11 @@ def test_signal_ends_streams_and_closes_the_engine(number: signal.Signals) -> No
             next(lines)
             process.send_signal(number)
             rest = list(lines)
-        assert '"finish_reason":"abort"' in rest[-2]
+        error = json.loads(rest[-1])["error"]
+        assert (error["code"], error["type"]) == ("engine_dead", "server_error")
+        assert not any('"finish_reason":"abort"' in line for line in rest)
         assert process.wait(10) == 0
-        assert process.stdout.read().split() == ["closed", "ended"]
+        assert process.stdout.read().split() == ["closed", "closed", "ended"]
 
 
 def test_signal_while_loading() -> None:

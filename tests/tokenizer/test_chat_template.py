@@ -109,5 +109,5 @@ def test_messages_cannot_be_changed_by_a_template() -> None:
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ a", "{% endfor %}", "{{ x | nofilter }}"])
 def test_a_broken_template_is_the_model_files_fault(source: str) -> None:
-    with pytest.raises(ModelFileError, match="chat template 'default' is broken at line 1"):
+    with pytest.raises(ModelFileError, match="the model's chat template is broken at line 1"):
         ChatTemplate(source, {}).render(MESSAGES)

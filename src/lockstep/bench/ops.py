@@ -12,6 +12,7 @@ from lockstep.bench.fingerprint import fingerprint
 from lockstep.bench.ops_limits import MachineLimits, measure_limits
 from lockstep.bench.ops_measure import Measurements, measure, providers_of, workload_of
 from lockstep.bench.ops_plot import draw, require_plotting
+from lockstep.bench.ops_sizes import require_fitting
 from lockstep.bench.report import Report, shown
 from lockstep.ops.suite import device_with_values
 from lockstep.platforms.registry import pick_platform
@@ -26,11 +27,20 @@ def main(
     seed: int,
     json_out: Path | None,
     plot_out: Path | None,
+    on_size: Callable[[int], None] = lambda size: None,
 ) -> int:
-    """Prints the table and writes what was asked for. Gives 1 when a kernel is wrong or none was timed, else 0."""
+    """Prints the table and writes what was asked for. Gives 1 when a kernel is wrong or none was timed, else 0.
+
+    Raises ConfigError for a size that does not fit into memory.
+    """
     if plot_out is not None:
         require_plotting()
-    report, is_right = bench(op, providers=providers, platform=platform, sizes=sizes, seed=seed)
+    family = pick_platform(platform, "--platform")
+    if sizes is not None:
+        require_fitting(workload_of(op)[1], sizes, family)
+    report, is_right = bench(
+        op, providers=providers, platform=family.name, sizes=sizes, seed=seed, on_size=on_size
+    )
     report.publish(json_out)
     if plot_out is not None:
         draw(report.as_json(), plot_out)
@@ -108,10 +118,20 @@ def _table(axis: str, found: Measurements, limits: MachineLimits) -> tuple[list[
 
 def _notes(found: Measurements, limits: MachineLimits) -> list[str]:
     methods = dict.fromkeys(each.timing.method for each in found.done)
-    is_cached = any(each.share_of(limits) > 1 for each in found.done)
+    above = {
+        f"{each.provider} at {each.size}": each.is_cached(limits)
+        for each in found.done
+        if each.share_of(limits) > 1
+    }
+    cached, unexplained = ([who for who, fits in above.items() if fits is wanted] for wanted in (True, False))
     return [
         *limits.lines(),
-        *(["above 100%: small enough to stay in a cache, which the limit does not count"] if is_cached else []),
+        *([f"above 100%, all its calls fit the cache: {', '.join(cached)}"] if cached else []),
+        *(
+            [f"above 100% of what was measured to be the limit: {', '.join(unexplained)}"]
+            if unexplained
+            else []
+        ),
         *(f"timed: calls on arguments of their own, {method}; median of the repeats" for method in methods),
         *(f"not run: {who}: {reason}" for who, reason in found.not_run.items()),
         *(f"WRONG, not timed: {who}: {reason}" for who, reason in found.wrong.items()),
@@ -122,11 +142,7 @@ def _results(op: str, axis: str, found: Measurements, limits: MachineLimits) -> 
     return {
         "op": op,
         "axis": axis,
-        "limits": {
-            "bytes_per_s": limits.bytes_per_s,
-            "flops_per_s": limits.flops_per_s,
-            "matmul": limits.matmul,
-        },
+        "limits": limits.as_json(),
         "measurements": [each.as_json(limits) for each in found.done],
         "not_run": found.not_run,
         "wrong": found.wrong,

@@ -38,8 +38,12 @@ class Measurement:
     error_share: float
 
     def share_of(self, limits: MachineLimits) -> float:
-        """The part of the machine's limit that the call reaches; above 1 where a cache serves it."""
+        """The part of the machine's limit that the call reaches."""
         return limits.shortest_s(self.num_bytes, self.num_flops) / self.timing.seconds.median
+
+    def is_cached(self, limits: MachineLimits) -> bool:
+        """Whether all the calls that were timed in turn fit a cache together, so that it may have served them."""
+        return limits.fits_cache(self.num_bytes * self.timing.num_calls)
 
     def as_json(self, limits: MachineLimits) -> dict[str, Any]:
         """Everything, for programs."""
@@ -56,6 +60,7 @@ class Measurement:
             "bytes_per_s": self.num_bytes / median_s,
             "flops_per_s": self.num_flops / median_s,
             "share_of_limit": self.share_of(limits),
+            "fits_cache": self.is_cached(limits),
             "error_share": self.error_share,
         }
 

@@ -19,6 +19,8 @@ def require_plotting() -> None:
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Writes the PNG of a report of `ops bench`: a line for each provider over the sizes, and the machine's limit.
 
+    Providers without a single measurement are in the legend, as not run or as wrong.
+
     Raises ConfigError when nothing was measured, or when the file cannot be written.
     """
     require_plotting()
@@ -38,8 +40,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for provider in dict.fromkeys(each["provider"] for each in measurements):
         mine = [each for each in measurements if each["provider"] == provider]
         axes.plot([each["size"] for each in mine], [each[rate] / scale for each in mine], "o-", label=provider)
+    for label in _absent(results):
+        axes.plot([], [], " ", label=label)
     limit = results["limits"][rate] / scale
-    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"limit, measured: {limit:.4g}")
+    source = "a product" if has_flops else results["limits"]["bytes_per_s_from"]
+    axes.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"limit, {source}: {limit:.4g}")
     axes.set(xscale="log", ylabel=unit, xlabel=results["axis"], title=f"{results['op']} on {_machine(report)}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -48,6 +53,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         figure.savefig(path, format="png")
     except OSError as error:
         raise ConfigError(f"--plot {path} cannot be written: {error.strerror or error}") from None
+
+
+def _absent(results: Mapping[str, Any]) -> list[str]:
+    """Such as "aiter: not run", of every provider that no size was timed with."""
+    timed = {each["provider"] for each in results["measurements"]}
+    outcomes = {who.partition(" at ")[0]: "not run" for who in results["not_run"]}
+    outcomes |= {who.partition(" at ")[0]: "wrong" for who in results["wrong"]}
+    return [f"{provider}: {outcome}" for provider, outcome in outcomes.items() if provider not in timed]
 
 
 def _machine(report: Mapping[str, Any]) -> str:

@@ -6,14 +6,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lockstep.cli.answer import Answer, note
-from lockstep.cli.opening import open_llm
+from lockstep.cli.opening import open_llm, require_chat_template
 from lockstep.cli.options import SectionedCommand, engine_options, section
-from lockstep.cli.sampling import sampling_options
+from lockstep.cli.sampling import sampling_options, started
 from lockstep.config import Given
 from lockstep.core.errors import InvalidRequest, nearest
 from lockstep.core.sampling import SamplingParams
@@ -27,12 +28,13 @@ COMMANDS = {
     "/system TEXT": "set the system message and start again; without TEXT, none",
     "/quit": "leave (so does Ctrl-D)",
 }
+_MAX_TOKENS = 1024
 _option = section("Prompt and output")
 
 
 @click.command("chat", cls=SectionedCommand, short_help="Talk with the model.")
 @_option("--system", metavar="TEXT", help="System message of the conversation.")
-@sampling_options(temperature=0.7, max_tokens=1024)
+@sampling_options(temperature=0.7, max_tokens=_MAX_TOKENS)
 @engine_options(omit=["seed"])
 def command(system: str | None, params: SamplingParams, options: dict[str, Given]) -> None:
     """Talk with MODEL. Each answer continues the conversation; what was said before stays in the prefix cache.
@@ -40,6 +42,7 @@ def command(system: str | None, params: SamplingParams, options: dict[str, Given
     Ctrl-C stops an answer, Ctrl-D leaves, /help lists what else can be typed.
     """
     with open_llm(options) as llm:
+        require_chat_template(llm)
         note(f"{llm.card.name} · /help for commands, Ctrl-C stops an answer, Ctrl-D leaves")
         Conversation(llm, params, system).run()
 
@@ -88,7 +91,8 @@ class Conversation:
         asked = {"role": "user", "content": question}
         answer = Answer()
         try:
-            outputs = self._llm.stream_chat([*system, *self._messages, asked], self._params)
+            ask = partial(self._llm.stream_chat, [*system, *self._messages, asked])
+            outputs = started(ask, self._params, max_tokens=_MAX_TOKENS)
             with interruption() as interrupted, closing(answer.follow(outputs)) as pieces:
                 for piece in pieces:
                     click.echo(piece, nl=False)

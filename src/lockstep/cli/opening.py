@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+import click
 
 from lockstep.config import Given
 from lockstep.core.garbage import start_without_collecting
@@ -32,6 +35,16 @@ def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
         yield llm
     finally:
         llm.close()
+        # Weights that native code holds are reported as leaks when the process ends with them frozen.
+        gc.unfreeze()
+
+
+def require_chat_template(llm: LLM, or_else: str = "") -> None:
+    """Raises UsageError with what a user can do about a model that cannot converse; `or_else` ends the text."""
+    if llm.tokenizer.chat_template is None:
+        raise click.UsageError(
+            f"{llm.card.name} has no chat template: --chat-template FILE gives it one{or_else}"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lockstep.cli.answer import note
 from lockstep.cli.machine import native_kernels
 from lockstep.cli.opening import loading_bar
 from lockstep.cli.options import SectionedCommand, engine_options, section
@@ -70,9 +72,12 @@ def explain_ops(
     Reads the model's header, not its weights.
     """
     from lockstep.engine.bindings import explain_bindings
+    from lockstep.platforms.registry import pick_platform
 
     _add(options, "model", named_model, "MODEL and --model both name a model")
     _add(options, "device", named_platform, "--device and --platform both name a device")
+    if named_platform is not None:
+        pick_platform(named_platform, "--platform")
     groups = _grouped(explain_bindings(options))
     if as_json:
         print_json([group.as_json() for group in groups])
@@ -83,28 +88,33 @@ def explain_ops(
 
 @command.command("check", cls=SectionedCommand, short_help="Every kernel against its operator's contract.")
 @_platform
-@_choice("--op", metavar="NAME", help="One operator; all of them when omitted.")
+@_choice("--op", "ops", metavar="NAME", multiple=True, help="One operator; may be repeated; all when omitted.")
 @_choice("--kernel", metavar="K", help="Kernels of one provider; all of them when omitted.")
 @_seed
 @_json_option
-def check_ops(platform: str, op: str | None, kernel: str | None, seed: int | None, as_json: bool) -> int:
+def check_ops(platform: str, ops: tuple[str, ...], kernel: str | None, seed: int | None, as_json: bool) -> int:
     """Run every case of every kernel that can run here, with fresh inputs and with poison in unwritten memory.
 
-    An error of 1 is all that the contract accepts. Exits 1 when a kernel fails, when a known-wrong version of an
+    An error of 1 is all that the contract accepts. Where nobody watches a bar, each operator ends with a line on
+    stderr. Exits 1 when a kernel fails, when a known-wrong version of an
     operator passes, and when nothing was there to check.
     """
     from lockstep.ops.suite import check_all, passed, select
     from lockstep.platforms.registry import pick_platform
 
     seed = secrets.randbelow(2**31) if seed is None else seed
-    family = pick_platform(platform)
-    selection = select(family.capabilities(), op=op, provider=kernel)
+    family = pick_platform(platform, "--platform")
+    asked = dict.fromkeys(ops) or (None,)
+    selection = tuple(each for op in asked for each in select(family.capabilities(), op=op, provider=kernel))
     reports = []
     with loading_bar() as progress:
         for report in check_all(selection, family, seed):
             reports.append(report)
             if progress is not None:
                 progress("Checking operators", len(reports), len(selection))
+            else:
+                outcome = "passed" if report.passed else "failed"
+                note(f"{len(reports)} of {len(selection)}: {report.op} {outcome}")
     is_right = passed(reports)
     if as_json:
         facts = {"platform": family.name, "device": family.capabilities().device_name, "seed": seed}
@@ -154,17 +164,34 @@ def bench_ops(
     Prints time, bytes and operations per second, and the share of what this machine's memory and processors were
     just measured to do. Exits 1 when a kernel is wrong and when none was timed.
     """
+    asked = _words(providers)
+    if asked == ():
+        raise click.UsageError("--providers names none; leave it out to time all of them")
+    wanted = _numbers(sizes)
+    for option, path in (("--json", json_out), ("--plot", plot_out)):
+        _require_place(option, path)
     from lockstep.bench.ops import main
 
     return main(
         name,
-        providers=_words(providers),
+        providers=asked,
         platform=platform,
-        sizes=_numbers(sizes),
+        sizes=wanted,
         seed=seed,
         json_out=json_out,
         plot_out=plot_out,
+        on_size=lambda size: note(f"{name} at {size}"),
     )
+
+
+def _require_place(option: str, path: Path | None) -> None:
+    """Raises UsageError where a file cannot be written: better said before minutes of measuring than after."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise click.UsageError(f"{option} {path} cannot be written: there is no directory {path.parent}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise click.UsageError(f"{option} {path} cannot be written: permission denied")
 
 
 @dataclass(slots=True)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from lockstep.cli.options import Command, section
+from lockstep.core.errors import InvalidRequest
+from lockstep.core.output import RequestOutput
 from lockstep.core.sampling import Grammar, GrammarKind, SamplingParams
 
 _GRAMMARS: dict[str, GrammarKind] = {"json_schema": "json_schema", "regex": "regex", "ebnf": "ebnf"}
@@ -17,15 +20,18 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Command], Command]:
-    """Adds the sampling options; the command receives `params`. The arguments are the command's defaults."""
+    """Adds the sampling options; the command receives `params`. The arguments are the command's defaults.
+
+    `params.max_tokens` is None where the user named no length: `started` knows what to do then.
+    """
     option = section("Sampling")
     declared = [
         option(
             "--max-tokens",
             type=int,
-            default=max_tokens,
+            default=None,
             metavar="N",
-            help=f"Most tokens to generate.  [{max_tokens}]",
+            help=f"Most tokens to generate.  [{max_tokens}, or what fits]",
         ),
         option(
             "--temperature",
@@ -71,6 +77,23 @@ def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Comman
         return command
 
     return decorate
+
+
+def started(
+    start: Callable[[SamplingParams], Iterable[RequestOutput]], params: SamplingParams, *, max_tokens: int
+) -> Iterable[RequestOutput]:
+    """The outputs of `start`, with at most `max_tokens` or what fits where `params` names no length.
+
+    A length that the user named must fit. Raises InvalidRequest.
+    """
+    if params.max_tokens is not None:
+        return start(params)
+    try:
+        return start(replace(params, max_tokens=max_tokens))
+    except InvalidRequest as error:
+        if error.param != "max_tokens":
+            raise
+        return start(params)
 
 
 _PLAIN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")

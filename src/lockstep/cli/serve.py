@@ -7,7 +7,6 @@ import asyncio
 import click
 
 from lockstep.cli.answer import note
-from lockstep.cli.machine import native_kernels
 from lockstep.cli.options import SectionedCommand, server_options
 from lockstep.config import Given, ServerOptions, gather, resolve_server
 
@@ -33,7 +32,8 @@ def command(options: dict[str, Given]) -> None:
 
     def announce(url: str) -> None:
         click.echo(f"Lockstep serves {client.card.name} at {url}")
-        note(native_kernels())
+        if client.native_kernels is not None:
+            note(client.native_kernels)
         _warn_when_open(server)
 
     asyncio.run(serve(client, server, on_ready=announce))

@@ -42,6 +42,13 @@ def _enough_devices(at: Situation) -> None:
         )
 
 
+def _ranks_have_collectives(at: Situation) -> None:
+    if at.decided["tp"] * at.decided["ep"] > 1 and at.device.collective_backend is None:
+        raise ConfigError(
+            f"{_ranks(at)}: {at.device.platform} states no collectives for ranks to sum over; leave it out"
+        )
+
+
 def _device_as_asked(at: Situation) -> None:
     if at.decided["device"] != at.device.platform:
         raise ConfigError(f"--device {at.decided['device']} was asked for, but {at.device.platform} was opened")
@@ -110,6 +117,7 @@ CHECKS = (
     _attention_is_tensor_parallel,
     _tp_cuts_heads,
     _enough_devices,
+    _ranks_have_collectives,
     _context_within_model,
     _pool_holds_a_page,
     _pool_fits,

@@ -11,7 +11,7 @@ from lockstep.config.components import COMPONENTS, OPTIONS, EngineConfig, Server
 from lockstep.config.facts import ModelFacts
 from lockstep.config.given import Given, Source, wanted
 from lockstep.config.option import Option
-from lockstep.config.rules import RULES, Choice, Situation
+from lockstep.config.rules import ADJUSTMENTS, RULES, Choice, Situation
 from lockstep.core.capabilities import Capabilities
 
 
@@ -65,7 +65,8 @@ def resolve_server(given: Mapping[str, Given]) -> ServerOptions:
 
 def _choose(option: Option, entry: Given | None, situation: Situation) -> Choice:
     if entry is not None:
-        return Choice(entry.value, entry.source, _where(option, entry.source))
+        asked = Choice(entry.value, entry.source, _where(option, entry.source))
+        return ADJUSTMENTS[option.name](asked, situation) if option.name in ADJUSTMENTS else asked
     if option.has_auto:
         return RULES[option.name](situation)
     return Choice(option.default, "default", "")

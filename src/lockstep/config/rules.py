@@ -174,6 +174,14 @@ def _graphs(at: Situation) -> Choice:
     return Choice("full", "device", "decoding is launched as a whole")
 
 
+def _pool_in_whole_pages(asked: Choice, at: Situation) -> Choice:
+    page_size: int = at.decided["page_size"]
+    if asked.value < page_size or asked.value % page_size == 0:
+        return asked
+    why = f"{asked.why} {asked.value}, down to whole pages of {page_size}".strip()
+    return Choice(_whole_pages(asked.value, at), asked.source, why)
+
+
 def _whole_pages(num_tokens: int, at: Situation) -> int:
     page_size: int = at.decided["page_size"]
     return max(1, num_tokens // page_size) * page_size
@@ -200,3 +208,6 @@ RULES: dict[str, Callable[[Situation], Choice]] = {
         _graphs,
     )
 }
+
+ADJUSTMENTS: dict[str, Callable[[Choice, Situation], Choice]] = {"max_total_tokens": _pool_in_whole_pages}
+"""What becomes of a value that was asked for, where not every value can be had exactly."""

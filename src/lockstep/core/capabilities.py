@@ -10,7 +10,8 @@ class Capabilities:
     """Facts about one device of a platform; rooms ask these instead of device names.
 
     `platform` is the folder under platforms/. `device_type` is torch's word for it ("cpu", "cuda").
-    `fast_dtypes` are the dtypes whose matrix products run at the device's full speed, best first.
+    `fast_dtypes` are the dtypes whose matrix products run at the device's full speed, best first. `collective_backend`
+    is torch's word for what its ranks sum over; None where it has one rank.
     """
 
     platform: str
@@ -23,7 +24,7 @@ class Capabilities:
     has_graphs: bool = False
     has_streams: bool = False
     has_triton: bool = False
-    collective_backend: str = "gloo"
+    collective_backend: str | None = None
     num_threads: int = 1
 
     def has(self, feature: str) -> bool:

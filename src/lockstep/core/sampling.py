@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from lockstep.core.errors import InvalidRequest
+from lockstep.core.errors import InvalidRequest, nearest
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf"]
+GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+
+
+def as_integer(value: object) -> int | None:
+    """The integer that `value` is, be it Python's own, numpy's or torch's; None for True, False and the rest."""
+    if isinstance(value, bool) or getattr(value, "ndim", None):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +33,25 @@ class Grammar:
     """A constraint on the generated text.
 
     `source` is a JSON schema as text for ``json_schema``, a regular expression for ``regex``, a GBNF or Lark
-    grammar for ``ebnf``, and empty for ``json_object``.
+    grammar for ``ebnf``, and empty for ``json_object``. Raises InvalidRequest for an unknown kind and for a source
+    that is no text.
     """
 
     kind: GrammarKind
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise InvalidRequest(
+                f"a grammar's kind is one of {', '.join(GRAMMAR_KINDS)}, not {self.kind!r}"
+                f"{nearest(str(self.kind), GRAMMAR_KINDS)}",
+                param="grammar",
+            )
+        if not isinstance(self.source, str):
+            remedy = ": pass json.dumps(schema)" if self.kind == "json_schema" else ""
+            raise InvalidRequest(
+                f"the source of a grammar is text, not {type(self.source).__name__}{remedy}", param="grammar"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +60,13 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1 and `min_p` 0 switch those filters off. Presence and
     frequency penalties count generated tokens only; the repetition penalty counts the prompt too. `seed` with a
-    position decides a draw completely, whatever shares the batch. `max_tokens` None means up to the context
-    length. `logprobs` k returns the chosen token's and the k best log-probabilities (natural log, after
-    penalties, bias and temperature are *not* applied: the model's own distribution).
+    position decides a draw completely, whatever shares the batch. `max_tokens` None means what fits in the context
+    length; a number that does not fit beside the prompt is refused. `stop` and `stop_token_ids` take several or a
+    single one, and keep a tuple. `logprobs` k returns the chosen token's and the k best log-probabilities (natural
+    log, after penalties, bias and temperature are *not* applied: the model's own distribution). Integers of numpy
+    and torch are taken as Python's.
 
-    Raises InvalidRequest naming the field.
+    Raises InvalidRequest naming the field, for a field that does not exist with the nearest one.
     """
 
     temperature: float = 1.0
@@ -62,6 +90,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
 
+    def __new__(cls, **given: Any) -> SamplingParams:
+        for name in given:
+            if name not in cls.__dataclass_fields__:
+                hint = nearest(name, cls.__dataclass_fields__)
+                raise InvalidRequest(f"SamplingParams has no field {name!r}{hint}", param=name)
+        # Not super(): with slots, this class is not the one that the dataclass ends up as.
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         number = self._number
         number("temperature", 0.0, 100.0)
@@ -82,39 +118,65 @@ class SamplingParams:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", param="min_tokens"
             )
+        self._stops()
+        self._biases()
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InvalidRequest(
+                "grammar takes a Grammar(kind, source), such as Grammar('regex', '[0-9]+'), "
+                f"not {self.grammar!r:.60}",
+                param="grammar",
+            )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _stops(self) -> None:
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else _tuple_of(self.stop, "stop"))
         if len(self.stop) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings", param="stop")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise InvalidRequest("stop takes non-empty strings", param="stop")
-        for token_id in self.stop_token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise InvalidRequest("stop_token_ids takes token ids (integers from 0)", param="stop_token_ids")
-        for token_id, bias in self.logit_bias.items():
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
-                raise InvalidRequest(
-                    "logit_bias maps token ids (integers from 0) to numbers", param="logit_bias"
-                )
+                raise InvalidRequest(f"stop takes non-empty strings, not {text!r}", param="stop")
+        single = as_integer(self.stop_token_ids)
+        several = _tuple_of(self.stop_token_ids, "stop_token_ids") if single is None else (single,)
+        token_ids = tuple(map(as_integer, several))
+        if any(token_id is None or token_id < 0 for token_id in token_ids):
+            raise InvalidRequest("stop_token_ids takes token ids (integers from 0)", param="stop_token_ids")
+        self._set("stop_token_ids", token_ids)
+
+    def _biases(self) -> None:
+        shape = InvalidRequest("logit_bias maps token ids (integers from 0) to numbers", param="logit_bias")
+        if not isinstance(self.logit_bias, Mapping):
+            raise shape
+        biases: dict[int, float] = {}
+        for written, bias in self.logit_bias.items():
+            token_id = as_integer(written)
+            if token_id is None or token_id < 0:
+                raise shape
             if not isinstance(bias, (int, float)) or math.isnan(bias) or not -100.0 <= bias <= 100.0:
                 raise InvalidRequest("logit_bias values lie between -100 and 100", param="logit_bias")
+            biases[token_id] = bias
+        self._set("logit_bias", biases)
 
     def _number(self, name: str, low: float, high: float, *, open_low: bool = False) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise InvalidRequest(f"{name} must be a finite number, not {value!r}", param=name)
         if value < low or value > high or (open_low and value == low):
-            bound = "above" if open_low else "from"
-            raise InvalidRequest(f"{name} must lie {bound} {low:g} to {high:g}, not {value!r}", param=name)
+            span = f"be above {low:g} and at most {high:g}" if open_low else f"lie from {low:g} to {high:g}"
+            raise InvalidRequest(f"{name} must {span}, not {value!r}", param=name)
 
     def _integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None and optional:
+        given = getattr(self, name)
+        if given is None and optional:
             return
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidRequest(f"{name} must be an integer, not {value!r}", param=name)
+        value = as_integer(given)
+        if value is None:
+            raise InvalidRequest(f"{name} must be an integer, not {given!r}", param=name)
         if value < low or (high is not None and value > high):
             limit = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InvalidRequest(f"{name} must be {limit}, not {value}", param=name)
+        self._set(name, value)
 
     @property
     def greedy(self) -> bool:
@@ -125,3 +187,10 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """True when the choice depends on which tokens came before."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+def _tuple_of(several: Any, name: str) -> tuple[Any, ...]:
+    try:
+        return tuple(several)
+    except TypeError:
+        raise InvalidRequest(f"{name} takes one or a list of them, not {several!r}", param=name) from None

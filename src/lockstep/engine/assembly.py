@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lockstep.config import EngineConfig
+from lockstep.config.environment import disabled_features
 from lockstep.core.output import ModelCard
 from lockstep.core.probe import Probe
 from lockstep.engine.build import BuiltRank, Progress, build_rank
@@ -17,6 +18,8 @@ from lockstep.engine.model_files import open_tokenizer
 from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
 from lockstep.formats import ModelFiles
+from lockstep.native import extension, summary
+from lockstep.ops.native import is_native
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.processes import connect
 from lockstep.platforms.registry import load_platform
@@ -68,6 +71,13 @@ class Engine:
     def card(self) -> ModelCard:
         """What clients may know of the model."""
         return self.opened.card
+
+    @property
+    def native_kernels(self) -> str | None:
+        """Which native kernels serve the model, or on a device for them why there are none; None where others serve."""
+        is_served = any(is_native(binding.kernel) for binding in self.rank.bindings)
+        could_be = self.opened.platform.runs_native_kernels and extension() is None
+        return summary(disabled_features()) if is_served or could_be else None
 
     def check(self, patience_s: float = 0.0) -> None:
         """Raises EngineDead when a worker is gone, or goes in this time."""

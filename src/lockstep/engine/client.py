@@ -24,6 +24,16 @@ class EngineClient(Protocol):
         """True while requests are taken."""
         ...
 
+    @property
+    def is_responsive(self) -> bool:
+        """False when no engine gave a sign of life for longer than a step explains; it may still come back."""
+        ...
+
+    @property
+    def max_queued_requests(self) -> int:
+        """How many requests may wait for their first step."""
+        ...
+
     async def start(self) -> None:
         """Builds or reaches the engine; `card` and `tokenizer` are valid afterwards."""
         ...
@@ -53,7 +63,7 @@ class EngineClient(Protocol):
         ...
 
     async def stats(self) -> EngineStats:
-        """A snapshot. Raises EngineDead while the engine restarts."""
+        """A snapshot. Raises EngineDead while the engine restarts, and when it does not answer within seconds."""
         ...
 
     def validate_grammar(self, grammar: Grammar) -> None:

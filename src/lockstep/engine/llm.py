@@ -7,7 +7,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.probe import Probe
 from lockstep.core.request import FinishReason, Pooling, Request
-from lockstep.core.sampling import SamplingParams
+from lockstep.core.sampling import SamplingParams, as_integer
 from lockstep.core.step import TokenLogprob
 from lockstep.engine.assembly import Engine
 from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Submit
@@ -29,6 +29,7 @@ from lockstep.executor.memory import MemoryLine
 from lockstep.features.grammar import GrammarCompiler
 from lockstep.ops.selection import Binding
 from lockstep.scheduler.intake import validate
+from lockstep.tokenizer.conversation import checked_messages
 from lockstep.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -140,7 +141,8 @@ class LLM:
     ) -> list[Completion]:
         """Answers to one prompt or several, as text or token ids, in the prompts' order.
 
-        `params` serves all prompts, or one each. Raises InvalidRequest before anything runs.
+        Ids may be arrays or tensors of integers. `params` serves all prompts, or one each. Raises InvalidRequest
+        before anything runs.
         """
         many = _as_list(prompts)
         per_prompt = (
@@ -154,7 +156,7 @@ class LLM:
         return self._complete(requests, _collect)
 
     def chat(self, messages: Messages, params: SamplingParams | None = None, **template: Any) -> Completion:
-        """The answer to a conversation. `template` goes to the model's chat template."""
+        """The answer to a conversation: messages with `role` and `content`. `template` goes to the chat template."""
         return self._complete([self._request(self._chat_prompt(messages, template), params)], _collect)[0]
 
     def embed(
@@ -207,6 +209,11 @@ class LLM:
         with self._lock:
             return list(self._engine.rank.memory_lines(measure=measure))
 
+    @property
+    def native_kernels(self) -> str | None:
+        """Which native kernels serve the model, or on a device for them why there are none; None where others serve."""
+        return self._engine.native_kernels
+
     def kernel_report(self) -> list[Binding]:
         """Which kernel serves each call site, and why."""
         return list(self._engine.rank.bindings)
@@ -228,10 +235,13 @@ class LLM:
         chat_template = self.tokenizer.chat_template
         if chat_template is None:
             raise InvalidRequest(
-                "this model has no chat template; use generate(), or give one: chat_template=FILE"
+                "this model has no chat template; use generate(), or give one: chat_template=FILE",
+                param="messages",
+                code="no_chat_template",
             )
         # The template writes the special tokens itself.
-        return self.tokenizer.encode(chat_template.render(messages, **template), add_special_tokens=False)
+        text = chat_template.render(checked_messages(messages), **template)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _request(
         self, prompt: Prompt, params: SamplingParams | None, pooling: Pooling | None = None
@@ -239,12 +249,12 @@ class LLM:
         """A request that this engine can run. Raises InvalidRequest naming the field."""
         request = Request(
             request_id=f"local-{next(self._numbers)}",
-            prompt_token_ids=tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt),
+            prompt_token_ids=self._prompt_ids(prompt),
             params=params or SamplingParams(),
             pooling=pooling,
         )
-        self._require_token_ids(request.prompt_token_ids, "prompt")
-        self._require_token_ids(request.params.logit_bias, "logit_bias")
+        for token_id in request.params.logit_bias:
+            self._token_id(token_id, "logit_bias")
         if request.params.stop:
             self.tokenizer.require_text("a stop string")
         if request.params.grammar is not None:
@@ -252,11 +262,18 @@ class LLM:
         validate(request, self._engine.loop.core.scheduler.limits)
         return request
 
-    def _require_token_ids(self, token_ids: Iterable[Any], param: str) -> None:
-        vocab_size = self.card.vocab_size
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise InvalidRequest(f"token id {token_id!r} is not one of 0 to {vocab_size - 1}", param=param)
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt))
+        if not hasattr(prompt, "__len__"):
+            raise InvalidRequest(f"a prompt is text or token ids, not {prompt!r}", param="prompt")
+        return tuple(self._token_id(each, "prompt") for each in prompt)
+
+    def _token_id(self, given: Any, param: str) -> int:
+        token_id, vocab_size = as_integer(given), self.card.vocab_size
+        if token_id is None or not 0 <= token_id < vocab_size:
+            raise InvalidRequest(f"token id {given!r} is not one of 0 to {vocab_size - 1}", param=param)
+        return token_id
 
     def _submit(self, requests: Sequence[Request], *, at_once: bool = False) -> None:
         with self._lock:
@@ -355,7 +372,7 @@ class LLM:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
     """The prompts, whether one was given or several."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    single = isinstance(prompts, str) or (len(prompts) > 0 and as_integer(prompts[0]) is not None)
     return [prompts] if single else list(prompts)
 
 

@@ -20,6 +20,7 @@ from lockstep.layers.build import Build, Place, Slice, Weights, fill_places
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
 from lockstep.ops.grouped_weight import GroupedWeight
+from lockstep.ops.registry import require_providers
 from lockstep.ops.selection import Binding, KernelSelector, require_served
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.base import Platform
@@ -127,15 +128,16 @@ def new_build(
     platform: Platform,
     probe: Probe | None = None,
     on_weight: OnWeight | None = None,
+    selector: type[KernelSelector] = KernelSelector,
 ) -> Build:
-    """What the layers of a model are made with under this configuration."""
+    """What the layers of a model are made with under this configuration; `selector` binds their kernels."""
     return Build(
         mesh=mesh,
         device=device,
         dtype=getattr(torch, config.model.dtype),
         kv_dtype=getattr(torch, config.cache.kv_cache_dtype),
         weights=weights,
-        kernels=kernel_selector(config, platform),
+        kernels=kernel_selector(config, platform, selector),
         context_length=config.model.context_length,
         page_size=config.cache.page_size,
         keep_grouped=config.model.quantization not in ("none", "bf16"),
@@ -145,9 +147,16 @@ def new_build(
     )
 
 
-def kernel_selector(config: EngineConfig, platform: Platform) -> KernelSelector:
-    """Binds kernels for the platform's device under the configuration's choices."""
-    return KernelSelector(
+def kernel_selector(
+    config: EngineConfig, platform: Platform, selector: type[KernelSelector] = KernelSelector
+) -> KernelSelector:
+    """Binds kernels for the platform's device under the configuration's choices.
+
+    Raises KernelError where the platform prefers kernels that nobody has.
+    """
+    preferred = (*platform.kernel_preference, *platform.attention_preference, *platform.extend_preference)
+    require_providers(platform.name, preferred)
+    return selector(
         platform.capabilities(),
         platform.kernel_preference,
         forced=config.kernels.forced,

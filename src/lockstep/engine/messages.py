@@ -54,6 +54,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
     card: ModelCard
     decisions: list[dict[str, Any]]
+    native_kernels: str | None = None
 
 
 class LoadProgress(msgspec.Struct, tag=True, frozen=True):

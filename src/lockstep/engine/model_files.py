@@ -50,5 +50,6 @@ def open_tokenizer(
         except (OSError, UnicodeDecodeError) as error:
             raise ModelFileError(f"--chat-template {chat_template} cannot be read: {error}") from error
         special_tokens = loaded.chat_template.special_tokens if loaded.chat_template is not None else {}
-        loaded.chat_template = ChatTemplate(source, special_tokens)
+        loaded.chat_template = ChatTemplate(source, special_tokens, called=f"--chat-template {chat_template}")
+        loaded.chat_template.check()
     return loaded

@@ -16,7 +16,7 @@ from lockstep.engine.model_files import open_files
 from lockstep.formats import ModelFiles
 from lockstep.native import usable_instruction_sets
 from lockstep.platforms.base import Platform
-from lockstep.platforms.registry import pick_platform
+from lockstep.platforms.registry import names_from_outside, pick_platform
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,18 @@ def open_for_running(options: Mapping[str, Any]) -> OpenedModel:
     capabilities = with_native_kernels(platform)
     facts = model_facts(files)
     resolution = resolve(given, facts, capabilities, available_bytes=platform.memory().available_bytes)
-    return OpenedModel(files, platform, capabilities, facts, resolution.config, resolution.decisions)
+    decisions = resolution.decisions
+    if device in (None, AUTO):
+        decisions = tuple(_with_platforms_passed_over(decision) for decision in decisions)
+    return OpenedModel(files, platform, capabilities, facts, resolution.config, decisions)
+
+
+def _with_platforms_passed_over(decision: Decision) -> Decision:
+    outside = names_from_outside()
+    if decision.name != "device" or not outside:
+        return decision
+    only = f"{', '.join(outside)} of other packages only where named"
+    return replace(decision, why=f"{decision.why}; {only}")
 
 
 def with_native_kernels(platform: Platform) -> Capabilities:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -17,7 +18,7 @@ from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.request import Request
 from lockstep.core.sampling import Grammar
 from lockstep.engine.inbox import Inbox
-from lockstep.engine.messages import Abort, AskStats, FlushCache, Rejected, Reply, Sequences, Submit
+from lockstep.engine.messages import Abort, AskStats, Event, FlushCache, Rejected, Reply, Sequences, Submit
 from lockstep.engine.model_files import open_files, open_tokenizer
 from lockstep.engine.output import OutputProcessor
 from lockstep.engine.rejection import rejection
@@ -26,8 +27,15 @@ from lockstep.features.grammar import GrammarCompiler
 from lockstep.tokenizer.tokenizer import Tokenizer
 
 _LOG = logging.getLogger("lockstep.engine")
-CALL_TIMEOUT_S = 30.0
+FLUSH_TIMEOUT_S, STATS_TIMEOUT_S = 30.0, 2.0
+PING_INTERVAL_S = 1.0
+SILENCE_S, SILENT_STEPS = 10.0, 4
+"""An engine cannot answer within a step. It is unresponsive after so long, and so many times its longest step so far,
+without a sign of life."""
+STUCK_GRACE_S = 0.5
+"""Time to end for an engine that does not answer; others get longer."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
+SHUTTING_DOWN = "the server is shutting down"
 
 
 class _Seat:
@@ -38,11 +46,34 @@ class _Seat:
         self.processor = OutputProcessor(tokenizer)
         self.inboxes: dict[str, Inbox] = {}
         self.calls: dict[int, asyncio.Future[Reply]] = {}
+        self._heard_s = 0.0
+        self._longest_step_s = 0.0
+
+    def hear(self, event: Event) -> None:
+        """Takes note of a sign of life."""
+        self._heard_s = time.monotonic()
+        if isinstance(event, Reply) and event.stats is not None:
+            self._longest_step_s = max(self._longest_step_s, event.stats.last_step_s)
+
+    @property
+    def silent_s(self) -> float:
+        """Time since the last sign of life."""
+        return time.monotonic() - self._heard_s
+
+    @property
+    def is_responsive(self) -> bool:
+        """True while the engine's silence may be a step."""
+        return self.is_open and self.silent_s < max(SILENCE_S, SILENT_STEPS * self._longest_step_s)
 
     @property
     def is_open(self) -> bool:
         """True while new requests may come here."""
         return self.replica is not None and not self.replica.has_ended
+
+    def open(self, replica: Replica) -> None:
+        """A new engine takes the seat."""
+        self._heard_s, self._longest_step_s = time.monotonic(), 0.0
+        self.replica = replica
 
     def fail(self, error: LockstepError) -> None:
         """Everybody who waits for this engine learns that it is gone."""
@@ -60,9 +91,11 @@ class ProcessClient:
 
     `options` are names of the configuration's options, plain or as Given. A request goes to the replica with the
     fewest unfinished ones. When a replica dies its requests end with EngineDead and a new process is started.
+    `native_kernels` is an engine's word for those that serve the model.
     """
 
     card: ModelCard
+    native_kernels: str | None
     tokenizer: Tokenizer
 
     def __init__(
@@ -81,6 +114,17 @@ class ProcessClient:
     def is_alive(self) -> bool:
         """True while at least one replica takes requests."""
         return any(seat.is_open for seat in self._seats)
+
+    @property
+    def is_responsive(self) -> bool:
+        """False when every replica has been silent for longer than a step explains."""
+        return any(seat.is_responsive for seat in self._seats)
+
+    @property
+    def max_queued_requests(self) -> int:
+        """How many requests may wait in each replica."""
+        limit: int = wanted(self._given, "max_queued_requests")
+        return limit
 
     @property
     def engine_pids(self) -> list[int]:
@@ -111,14 +155,14 @@ class ProcessClient:
                 wait.cancel()
 
     async def close(self) -> None:
-        """Ends every request and every engine. May be called twice."""
+        """Ends every request, with EngineDead, then every engine. May be called twice."""
         self._closing = True
+        for seat in self._seats:
+            seat.fail(EngineDead(f"{SHUTTING_DOWN}; the request was not completed"))
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         self._keepers = []
-        for seat in self._seats:
-            seat.fail(EngineDead("the server is shutting down"))
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """See EngineClient."""
@@ -160,11 +204,12 @@ class ProcessClient:
 
     async def flush_cache(self) -> int:
         """See EngineClient."""
-        return sum(reply.count for reply in await self._call_all(FlushCache))
+        return sum(reply.count for reply in await self._call_all(FlushCache, FLUSH_TIMEOUT_S))
 
     async def stats(self) -> EngineStats:
         """The sum over the replicas that run; times are the slowest's."""
-        return _total([reply.stats for reply in await self._call_all(AskStats) if reply.stats is not None])
+        replies = await self._call_all(AskStats, STATS_TIMEOUT_S)
+        return _total([reply.stats for reply in replies if reply.stats is not None])
 
     def validate_grammar(self, grammar: Grammar) -> None:
         """See EngineClient."""
@@ -181,11 +226,11 @@ class ProcessClient:
         )
 
     def _least_loaded(self) -> _Seat:
-        return min(self._alive(), key=lambda seat: len(seat.inboxes))
+        return min(self._alive(), key=lambda seat: (not seat.is_responsive, len(seat.inboxes)))
 
     def _alive(self) -> list[_Seat]:
         alive = [seat for seat in self._seats if seat.is_open]
-        if not alive:
+        if self._closing or not alive:
             raise self._absence()
         return alive
 
@@ -196,21 +241,25 @@ class ProcessClient:
 
     def _absence(self) -> EngineDead:
         if self._closing:
-            return EngineDead("the server is shutting down")
+            return EngineDead(SHUTTING_DOWN)
         return EngineDead("the engine is restarting; try again in a few seconds")
 
-    async def _call_all(self, kind: type[AskStats] | type[FlushCache]) -> list[Reply]:
-        return await asyncio.gather(*(self._call(seat, kind) for seat in self._alive()))
+    async def _call_all(self, kind: type[AskStats] | type[FlushCache], timeout_s: float) -> list[Reply]:
+        return await asyncio.gather(*(self._call(seat, kind, timeout_s) for seat in self._alive()))
 
-    async def _call(self, seat: _Seat, kind: type[AskStats] | type[FlushCache]) -> Reply:
+    async def _call(
+        self, seat: _Seat, kind: type[AskStats] | type[FlushCache], timeout_s: float | None
+    ) -> Reply:
         call_id = next(self._numbers)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         seat.calls[call_id] = answer
         try:
             await self._send(seat, kind(call_id))
-            return await asyncio.wait_for(answer, CALL_TIMEOUT_S)
+            return await asyncio.wait_for(answer, timeout_s)
         except asyncio.TimeoutError:
-            raise EngineDead(f"the engine did not answer within {CALL_TIMEOUT_S:.0f} s") from None
+            raise EngineDead(
+                f"the engine did not answer within {timeout_s:.0f} s; it is in a long step, or stuck"
+            ) from None
         finally:
             seat.calls.pop(call_id, None)
 
@@ -220,8 +269,9 @@ class ProcessClient:
         while True:
             replica = Replica(self._given, None if started.is_set() else self._on_progress)
             try:
-                self.card = (await replica.start()).card
-                seat.replica = replica
+                ready = await replica.start()
+                self.card, self.native_kernels = ready.card, ready.native_kernels
+                seat.open(replica)
                 started.set()
                 pause_s = FIRST_PAUSE_S
                 await self._pump(seat, replica)
@@ -233,28 +283,45 @@ class ProcessClient:
                 seat.replica = None
                 seat.fail(EngineDead(f"{error}; the request was not completed"))
             finally:
+                is_stuck = seat.replica is not None and seat.silent_s > 2 * PING_INTERVAL_S
                 seat.replica = None
-                await _finish(replica.close())
+                await _finish(replica.close(STUCK_GRACE_S) if is_stuck else replica.close())
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
+    async def _ping(self, seat: _Seat) -> None:
+        """Asks the engine of this seat for signs of life, one at a time, until it is gone."""
+        with suppress(EngineDead):
+            while True:
+                await asyncio.sleep(PING_INTERVAL_S)
+                await self._call(seat, AskStats, None)
+
     async def _pump(self, seat: _Seat, replica: Replica) -> None:
         """Carries the replica's events to their readers until it dies, which raises EngineDead."""
-        while True:
-            event = await replica.receive()
-            if isinstance(event, Sequences):
-                outputs, to_abort = seat.processor.push(event.events)
-                for output in outputs:
-                    seat.inboxes[output.request_id].put(output)
-                for request_id in to_abort:
-                    await replica.send(Abort(request_id))
-            elif isinstance(event, Rejected):
-                if seat.processor.drop(event.request_id):
-                    seat.inboxes[event.request_id].put(rejection(event))
-            elif isinstance(event, Reply):
-                call = seat.calls.get(event.call_id)
-                if call is not None and not call.done():
-                    call.set_result(event)
+        pinging = asyncio.create_task(self._ping(seat))
+        try:
+            while True:
+                event = await replica.receive()
+                seat.hear(event)
+                await self._deliver(event, seat, replica)
+        finally:
+            pinging.cancel()
+
+    async def _deliver(self, event: Event, seat: _Seat, replica: Replica) -> None:
+        """Gives an event to whom it concerns."""
+        if isinstance(event, Sequences):
+            outputs, to_abort = seat.processor.push(event.events)
+            for output in outputs:
+                seat.inboxes[output.request_id].put(output)
+            for request_id in to_abort:
+                await replica.send(Abort(request_id))
+        elif isinstance(event, Rejected):
+            if seat.processor.drop(event.request_id):
+                seat.inboxes[event.request_id].put(rejection(event))
+        elif isinstance(event, Reply):
+            call = seat.calls.get(event.call_id)
+            if call is not None and not call.done():
+                call.set_result(event)
 
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:

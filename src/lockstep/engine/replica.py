@@ -132,12 +132,12 @@ class Replica:
             self.last_word = event
         return event
 
-    async def close(self) -> None:
-        """Asks the engine to stop, then ends it; removes the private folder. May be called twice."""
+    async def close(self, grace_s: float = GRACE_S) -> None:
+        """Asks the engine to stop, ends it after `grace_s`; removes the private folder. May be called twice."""
         process = self._process
         if process is not None and process.returncode is None:
             try:
-                await asyncio.wait_for(self._shut_down(process), GRACE_S)
+                await asyncio.wait_for(self._shut_down(process), grace_s)
             except asyncio.TimeoutError:
                 process.kill()
                 await process.wait()

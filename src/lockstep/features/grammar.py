@@ -19,7 +19,22 @@ if TYPE_CHECKING:
 
 # The whitespace of json.dumps and no other: models know it well, and a small model that may write blanks
 # wherever JSON allows them can go on writing them for ever.
-_JSON_STYLE: Any = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+# A `oneOf` whose members may overlap is read as `anyOf`; no grammar can say "exactly one".
+_JSON_STYLE: Any = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "coerce_one_of": True,
+}
+
+# Work that one step may cost before its sequence fails: a fifth and a fourth of the library's own limits, which let
+# the regular expression (a{1000}){1000} hold every other sequence up for half a second.
+_FIRST_FUEL, _STEP_FUEL = 200_000, 50_000
+
+# What outgrows the limits does so within the first few tokens, so that many steps are tried before a grammar is used.
+_NUM_TRIED_TOKENS = 8
+
+_CANNOT_GO_ON = "the grammar cannot go on after token"
 
 _NAMES = {
     "json_schema": "JSON schema",
@@ -31,7 +46,20 @@ _NAMES = {
 # llguidance's word for: no token can follow and the grammar is not satisfied.
 _NO_TEXT = "NoExtensionBias"
 
+INVALID_GRAMMAR = "invalid_grammar"
+"""The `code` of every error that is the grammar's."""
+
 _GBNF_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def cannot_go_on(token_id: int, why: str) -> InvalidRequest:
+    """The error of a sequence whose grammar failed while it ran."""
+    return InvalidRequest(f"{_CANNOT_GO_ON} {token_id}: {why}", code=INVALID_GRAMMAR)
+
+
+def failed_by_grammar(message: str) -> bool:
+    """Whether the error that ended a sequence, which is text once it left the engine, is one of `cannot_go_on`."""
+    return message.startswith(_CANNOT_GO_ON)
 
 
 class GrammarState:
@@ -103,18 +131,37 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(
-            self._vocabulary, _translate(grammar), log_level=0, limits=LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(
+            verbose_errors=False, initial_lexer_fuel=_FIRST_FUEL, step_lexer_fuel=_STEP_FUEL
         )
+        matcher = LLMatcher(self._vocabulary, _translate(grammar), log_level=0, limits=limits)
         # The first mask is where a grammar that matches nothing, or is far too large, shows itself.
         if not matcher.is_error():
             matcher.compute_bitmask()
         error = _reason(matcher.get_error()) if matcher.is_error() else ""
         if matcher.is_stopped() and not matcher.is_accepting() and error in ("", _NO_TEXT):
-            raise InvalidRequest(f"the {_NAMES[grammar.kind]} matches no text at all")
-        if error:
-            raise InvalidRequest(f"the {_NAMES[grammar.kind]} cannot be used: {error}")
+            raise _refusal(grammar, "matches no text at all")
+        if error := error or _error_of_trial(matcher.deep_copy()):
+            raise _refusal(grammar, f"cannot be used: {error}")
         return matcher
+
+
+def _refusal(grammar: Grammar, why: str) -> InvalidRequest:
+    return InvalidRequest(f"the {_NAMES[grammar.kind]} {why}", code=INVALID_GRAMMAR)
+
+
+def _error_of_trial(matcher: LLMatcher) -> str:
+    """What stops an answer within its first tokens, whichever they are; empty when nothing does."""
+    import numpy as np
+
+    for _ in range(_NUM_TRIED_TOKENS):
+        if matcher.is_stopped():
+            break
+        words = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(words, bitorder="little"))
+        if len(allowed) == 0 or not matcher.consume_token(int(allowed[-1])):
+            break
+    return _reason(matcher.get_error()) if matcher.is_error() else ""
 
 
 def _translate(grammar: Grammar) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lockstep.core.errors import InvalidRequest
 from lockstep.core.step import SequenceStart
-from lockstep.features.grammar import GrammarCompiler, GrammarState
+from lockstep.features.grammar import GrammarCompiler, GrammarState, cannot_go_on
 
 _BITS = 32
 _ALL = -1  # every bit of a word
@@ -66,5 +65,6 @@ class StructuredOutput:
 
 
 def _advance(state: GrammarState, token_id: int) -> None:
-    if not state.accept(token_id):
-        raise InvalidRequest(f"the grammar cannot go on after token {token_id}: {state.error}")
+    # A token may be allowed and yet leave the grammar over its limits.
+    if not state.accept(token_id) or state.error:
+        raise cannot_go_on(token_id, state.error)

@@ -24,11 +24,8 @@ def model_classes() -> dict[str, type[DecoderModel]]:
     for module in pkgutil.iter_modules(lockstep.models.llm.__path__):
         members = vars(importlib.import_module(f"lockstep.models.llm.{module.name}")).values()
         for member in members:
-            if (
-                isinstance(member, type)
-                and issubclass(member, DecoderModel)
-                and "architectures" in vars(member)
-            ):
+            # Not isinstance(member, type): Python 3.10 says yes of an alias such as list[int], which is no class.
+            if DecoderModel in getattr(member, "__mro__", ()) and "architectures" in vars(member):
                 found.update(dict.fromkeys(member.architectures, member))
     return found
 

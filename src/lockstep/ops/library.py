@@ -168,6 +168,7 @@ class _Registration:
     def __init__(self, name: str, contract: Contract, kernel: Kernel, device: torch.device) -> None:
         self.kernel = kernel
         self._reference = contract.reference
+        self._defaults = [each.default for each in inspect.signature(contract.reference).parameters.values()]
         self._held = [at for at, argument in enumerate(contract.arguments) if _is_held(argument, kernel)]
         self._places = _places(contract, kernel, device)
         self._library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -218,8 +219,10 @@ class _Registration:
         return likeness
 
     def _with_weights(self, arguments: Sequence[Any], form: Callable[[_HeldWeight], Any]) -> list[Any]:
-        """The arguments, with a form of each held weight in the place of its number."""
-        return [form(_held_weight(each)) if at in self._held else each for at, each in enumerate(arguments)]
+        """All arguments, with a form of each held weight in the place of its number."""
+        # Torch leaves out what equals a default at the end; kernels need not repeat the reference's defaults.
+        complete = (*arguments, *self._defaults[len(arguments) :])
+        return [form(_held_weight(each)) if at in self._held else each for at, each in enumerate(complete)]
 
     def _run_rows(self, weight: int, ids: torch.Tensor) -> torch.Tensor:
         assert self.kernel.take_rows is not None

@@ -16,6 +16,9 @@ from lockstep.ops.grouped_weight import GroupedWeight
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
 """Every set that the extension has kernels for, best first."""
 
+_VERIFIED_ON = {name: ("AMD EPYC (Zen 5)",) for name in (None, "avx512_bf16", "avx512", "avx2", "scalar")}
+"""Processors on which the kernels of a set, or the best set of the processor (None), met their contracts."""
+
 Refuses = Callable[[Signature], str | None]
 
 
@@ -47,12 +50,17 @@ def native_kernels(
             refuses=partial(_refusal, name, refuses),
             prepare=prepare and _for_set(prepare, name),
             take_rows=take_rows and _for_set(take_rows, name),
-            verified_on=("cpu",),
+            verified_on=_VERIFIED_ON.get(name, ()),
             opaque=prepare is not None,
             by_name=name is not None,
         )
         for provider, name in _providers()
     )
+
+
+def is_native(kernel: Kernel) -> bool:
+    """True for a native kernel, and for what stands for one that computes a larger operator."""
+    return kernel.provider.rpartition(".")[2].startswith("native")
 
 
 def _providers() -> Iterator[tuple[str, str | None]]:

@@ -118,8 +118,9 @@ class KernelSelector:
 
     def _together(self, op: str) -> list[Kernel]:
         """Kernels that compute a fused operator as one, in the order that they are asked in."""
-        offered = [kernel for kernel in kernels(op) if kernel.provider == self._forced.get("*")]
-        return [kernel for kernel in offered or self._in_order(op) if kernel.provider != "reference"]
+        together = [kernel for kernel in kernels(op) if kernel.provider != "reference"]
+        starred = [kernel for kernel in together if kernel.provider == self._forced.get("*")]
+        return starred or [kernel for kernel in self._in_order(op) if kernel in together]
 
     def _in_order(self, op: str) -> list[Kernel]:
         """Kernels of the preference, best first."""
@@ -169,6 +170,8 @@ class KernelSelector:
     def _why(self, kernel: Kernel, others_refused: bool) -> str:
         if others_refused:
             return "first that accepts"
+        if kernel.provider not in self._preference:
+            return "named by no preference of this platform, so before torch and the reference"
         if kernel.provider == self._preference[0]:
             return "first in this platform's preference"
         return "first that this operator has of this platform's preference"

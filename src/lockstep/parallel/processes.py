@@ -26,7 +26,7 @@ def connect(
     *,
     rank: int,
     store: Path,
-    backend: str,
+    backend: str | None,
     device: torch.device,
     check_peers: Callable[[], None] = lambda: None,
 ) -> Mesh:
@@ -38,7 +38,7 @@ def connect(
     num_ranks = math.prod(sizes.values())
     if num_ranks == 1:
         return Mesh.solo()
-    if backend not in _BACKENDS:
+    if backend is None or backend not in _BACKENDS:
         raise ConfigError(f"unknown collective backend {backend!r} (known: {', '.join(_BACKENDS)})")
     meeting = distributed.FileStore(str(store), num_ranks)
     meeting.set_timeout(timedelta(seconds=CONNECT_TIMEOUT_S))

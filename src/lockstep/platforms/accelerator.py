@@ -41,6 +41,16 @@ class TorchAccelerator(Platform, abstract=True):
     def new_event(self, index: int = 0) -> DeviceEvent | None:
         return StreamEvent(self._module(), index) if self.capabilities().has_streams else None
 
+    def _has_streams(self) -> bool:
+        """True when torch gives a queue of the first device; false where the module knows nothing of queues."""
+        current_stream = getattr(self._module(), "current_stream", None)
+        return current_stream is not None and current_stream(0) is not None
+
+    def _fast_dtypes(self) -> tuple[str, ...]:
+        """bfloat16 where torch says that the device computes in it itself, before float32."""
+        supports = getattr(self._module(), "is_bf16_supported", None)
+        return ("bfloat16", "float32") if supports is not None and supports() else ("float32",)
+
     def _module(self) -> Any:
         """torch.cuda, torch.musa...: the module that torch keeps under the device's name."""
         import torch

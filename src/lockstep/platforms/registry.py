@@ -22,10 +22,12 @@ ENTRY_POINT_GROUP = "lockstep.platforms"
 
 def platform_names() -> list[str]:
     """Built-in platforms, then those that installed packages offer through the entry point."""
-    outside = sorted(
-        point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in _BUILT_IN
-    )
-    return [*_BUILT_IN, *outside]
+    return [*_BUILT_IN, *names_from_outside()]
+
+
+def names_from_outside() -> list[str]:
+    """Platforms of other packages. Each serves whoever names it, and is never picked for anybody."""
+    return sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in _BUILT_IN)
 
 
 def load_platform(name: str) -> Platform:
@@ -48,7 +50,7 @@ def _from_outside(point: EntryPoint) -> Platform:
     package = point.dist.name if point.dist is not None else point.value
     try:
         offered = point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # it is another package's module: nothing is known of what it may raise
         raise PlatformError(
             f"platform {point.name!r} of package {package} cannot be imported: {error}"
         ) from error
@@ -75,19 +77,18 @@ def platform_of_device_type(device_type: str) -> Platform:
     )
 
 
-def pick_platform(name: str = "auto") -> Platform:
-    """The named platform, or with "auto" the first that works here.
+def pick_platform(name: str = "auto", option: str = "--device") -> Platform:
+    """The named platform, or with "auto" the first of cuda, rocm, musa and cpu that works here.
 
-    Raises ConfigError when the named one cannot be used, with the reason.
+    Raises ConfigError when the named one cannot be used, with the reason; `option` is where it was named.
     """
     if name != "auto":
         platform = load_platform(name)
         reason = platform.unavailable_reason()
         if reason is not None:
-            raise ConfigError(f"--device {name} cannot be used: {reason}")
+            raise ConfigError(f"{option} {name} cannot be used: {reason}")
         return platform
-    outside = [known for known in platform_names() if known not in _BUILT_IN]
-    for candidate in (*outside, *_AUTOMATIC):
+    for candidate in _AUTOMATIC:
         platform = load_platform(candidate)
         if platform.unavailable_reason() is None:
             return platform

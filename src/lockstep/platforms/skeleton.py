@@ -12,6 +12,16 @@ from lockstep.platforms.registry import platform_names
 TEMPLATES = Path(__file__).parent / "templates"
 _SUFFIX = ".template"
 
+RESERVED = {
+    "auto": "a word of --device",
+    "engine": "the name of this project's own package",
+    **dict.fromkeys(
+        ("reference", "torch", "triton", "native", "onednn", "numpy", "cublas", "cudnn", "flashinfer", "aiter"),
+        "what kernels of this project are called",
+    ),
+}
+"""Names that would be taken for something else, and for what."""
+
 
 def write_skeleton(name: str, parent: Path) -> list[Path]:
     """Writes a package for the platform `name` into `parent`/lockstep-`name`; gives its files.
@@ -23,6 +33,8 @@ def write_skeleton(name: str, parent: Path) -> list[Path]:
         raise ConfigError(
             f"{name!r} cannot name a platform: take lower-case letters, digits and _, a letter first"
         )
+    if name in RESERVED or name.startswith("native_"):
+        raise ConfigError(f"{name!r} cannot name a platform: it is {RESERVED.get(name, RESERVED['native'])}")
     if name in platform_names():
         raise ConfigError(f"there is a platform {name!r} already; take another name")
     words = {"name": name, "package": f"lockstep_{name}", "class": f"{name.title().replace('_', '')}Platform"}

@@ -34,6 +34,19 @@ def validate(request: Request, limits: SchedulerLimits) -> None:
             param="prompt",
             code="context_length_exceeded",
         )
+    max_tokens, room = request.params.max_tokens, limits.max_sequence_tokens - num_prompt
+    if max_tokens is not None and max_tokens > room and not embeds:
+        held_by = (
+            f"the context length is {limits.context_length}"
+            if limits.context_length <= limits.pool_tokens
+            else f"the KV pool holds {limits.pool_tokens}"
+        )
+        raise InvalidRequest(
+            f"max_tokens {max_tokens} does not fit beside the prompt's {num_prompt} tokens: {held_by}; ask for "
+            f"at most {room}",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
     if embeds and request.params.n > 1:
         raise InvalidRequest(f"an embedding has one result, so n must be 1, not {request.params.n}", param="n")
 
@@ -52,7 +65,7 @@ def expand(request: Request, first_seq_id: int, limits: SchedulerLimits) -> Requ
             index,
             _params_of(params, index),
             priority=request.priority if limits.policy == "priority" else 0,
-            max_new_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            max_new_tokens=room if params.max_tokens is None else params.max_tokens,
             stop_token_ids=stop_token_ids,
         )
     group.held = list(group.unfinished.values())[1:]

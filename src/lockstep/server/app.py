@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 import lockstep
 from lockstep.config.components import ServerOptions
+from lockstep.core.errors import ConfigError
 from lockstep.engine.client import EngineClient
 from lockstep.server.errors import install_error_handlers
 from lockstep.server.gateway import Gateway
@@ -20,8 +21,10 @@ ROUTERS = tuple(family.router for family in (chat, completions, embeddings, mode
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """All endpoints over a client that somebody else starts and closes; several apps may share a process.
 
-    Raises ConfigError for an unknown tool call parser.
+    Raises ConfigError for an unknown tool call parser and for an API key that says nothing.
     """
+    if options.api_key is not None and not options.api_key.strip():
+        raise ConfigError("--api-key (LOCKSTEP_API_KEY) is empty; give a key, or leave it out to ask for none")
     choose_reader(options.tool_call_parser, None)
     metrics = Metrics()
     # The generated documentation pages load scripts from a foreign network; the schema itself stays.

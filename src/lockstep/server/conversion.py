@@ -12,6 +12,7 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.core.request import Pooling, Request
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.client import EngineClient
+from lockstep.features.grammar import INVALID_GRAMMAR
 from lockstep.server.schema.base import OpenAIFields, SamplingFields
 
 _PLAIN_FIELDS = (
@@ -28,6 +29,21 @@ _PLAIN_FIELDS = (
     "ignore_eos",
     "skip_special_tokens",
 )
+
+SAMPLED_CHARACTERS_PER_TOKEN = 16
+"""A text longer than the context times this is encoded in part first. Text has about 4 characters a token; what has
+more than 16, such as a long run of blanks, is encoded whole."""
+
+CUT_TOKENS = 256
+"""More tokens than a cut in the middle of a word can add to what stands before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A grammar and the field of the body that asked for it."""
+
+    grammar: Grammar
+    param: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +81,7 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
         raise InvalidRequest('logit_bias maps token ids such as "42" to numbers', param="logit_bias") from None
 
 
-def requested_grammar(fields: SamplingFields) -> Grammar | None:
+def requested_constraint(fields: SamplingFields) -> Constraint | None:
     """The one constraint that the body asks for. Raises InvalidRequest when it asks for two."""
     found: dict[str, Grammar] = {}
     if fields.regex is not None:
@@ -83,7 +99,17 @@ def requested_grammar(fields: SamplingFields) -> Grammar | None:
     if len(found) > 1:
         names = " and ".join(found)
         raise InvalidRequest(f"{names} exclude each other; give one of them", param=list(found)[-1])
-    return next(iter(found.values()), None)
+    return next((Constraint(grammar, param) for param, grammar in found.items()), None)
+
+
+def check_constraint(client: EngineClient, constraint: Constraint | None) -> None:
+    """Compiles and tries the grammar, which may take a while. Raises InvalidRequest naming the field."""
+    if constraint is None:
+        return
+    try:
+        client.validate_grammar(constraint.grammar)
+    except InvalidRequest as error:
+        raise InvalidRequest(str(error), param=constraint.param, code=INVALID_GRAMMAR) from None
 
 
 def encode_prompt(
@@ -91,6 +117,7 @@ def encode_prompt(
 ) -> Prompt:
     """Ids of one prompt. Raises InvalidRequest when it is empty or holds an id that the model does not have."""
     if isinstance(prompt, str):
+        _refuse_far_too_long(client, prompt, param)
         found = Prompt(tuple(client.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)), prompt)
     else:
         found = Prompt(tuple(prompt))
@@ -98,6 +125,22 @@ def encode_prompt(
     if not found.token_ids:
         raise InvalidRequest(f"{param} is empty; it needs at least one token", param=param)
     return found
+
+
+def _refuse_far_too_long(client: EngineClient, text: str, param: str) -> None:
+    """Encodes the beginning of a very long text. Raises InvalidRequest when that is over the context already."""
+    limit = client.card.context_length
+    num_sampled = SAMPLED_CHARACTERS_PER_TOKEN * limit
+    if len(text) <= num_sampled:
+        return
+    num_tokens = len(client.tokenizer.encode(text[:num_sampled], add_special_tokens=False))
+    if num_tokens > limit + CUT_TOKENS:
+        raise InvalidRequest(
+            f"the prompt has {len(text)} characters, of which the first {num_sampled} are {num_tokens} tokens "
+            f"already; this model's context holds {limit}, answer included",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def check_token_ids(client: EngineClient, token_ids: Sequence[int], param: str) -> None:

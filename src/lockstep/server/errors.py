@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import http
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,7 +31,7 @@ _HTTP_CODES = {
     405: "method_not_allowed",
     413: "body_too_large",
 }
-_UNION_TAG = re.compile(r"(str|int|bool|float|NamedToolChoice|[a-z-]+\[.*\])$")
+_UNION_TAG = re.compile(r"(str|int|bool|float|NamedToolChoice|AllowedToolsChoice|[a-z-]+\[.*\])$")
 """What pydantic puts into a location for the member of a union that it tried."""
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,9 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message = f"no such path: {request.url.path}{nearest(request.url.path, request.app.openapi()['paths'])}"
+        message = (
+            f"no such path: {request.url.path}{_nearest_path(request.url.path, request.app.openapi()['paths'])}"
+        )
     elif error.status_code == 400:
         message = "the body is not JSON in UTF-8, or it is nested too deeply"
     elif error.status_code == 405:
@@ -147,6 +150,13 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     else:
         message = str(error.detail) or http.HTTPStatus(error.status_code).phrase
     return http_error_response(error.status_code, message, error.headers)
+
+
+def _nearest_path(path: str, known: Iterable[str]) -> str:
+    """A hint such as ``; did you mean '/v1/models'?``, or an empty string. That paths share ``/v1`` says nothing."""
+    by_tail = {each.removeprefix("/v1"): each for each in known}
+    found = difflib.get_close_matches(path.removeprefix("/v1"), by_tail, n=1, cutoff=0.7)
+    return f"; did you mean {by_tail[found[0]]!r}?" if found else ""
 
 
 async def _on_surrogate(request: Request, error: Exception) -> Response:

@@ -14,11 +14,14 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.core.output import CompletionDelta, RequestOutput
 from lockstep.core.request import Request
 from lockstep.engine.client import EngineClient
+from lockstep.features.grammar import INVALID_GRAMMAR, failed_by_grammar
+from lockstep.server.conversion import Constraint
 from lockstep.server.errors import GenerationFailed, UnknownModel
 from lockstep.server.metrics import Metrics
 
 MAX_PARALLEL_PROMPTS = 64
-"""Prompts of one HTTP request that are in the engine at once, so that one client cannot fill the queue."""
+"""Prompts of one HTTP request that are in the engine at once, so that one client cannot fill the queue. Fewer where the
+queue is shorter: an idle engine takes every list, however long."""
 
 
 @dataclass(slots=True)
@@ -26,6 +29,7 @@ class _Group:
     """The requests of one HTTP request; those not yet in the engine must learn of an abort too."""
 
     request_ids: tuple[str, ...]
+    constraint: Constraint | None = None
     aborted: bool = False
 
 
@@ -47,9 +51,14 @@ class Gateway:
         """The name of the model for clients."""
         return self.client.card.name
 
+    @property
+    def num_running(self) -> int:
+        """HTTP requests that the engine works on or that wait for it."""
+        return len(self._groups)
+
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is absent or the served name."""
-        if name is not None and name != self.model_name:
+        """Raises UnknownModel unless `name` is absent, empty or the served name."""
+        if name and name != self.model_name:
             raise UnknownModel(name, self.model_name)
 
     async def abort(self, group_id: str) -> int:
@@ -67,16 +76,17 @@ class Gateway:
         return await self.client.abort_all()
 
     async def outputs(
-        self, group_id: str, requests: Sequence[Request]
+        self, group_id: str, requests: Sequence[Request], constraint: Constraint | None = None
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Outputs of all requests as they come, each with the position of its request.
 
-        Closing the generator aborts what still runs. Raises GenerationFailed, InvalidRequest, QueueFull and
-        EngineDead; one failing request ends the others.
+        `constraint` is what all of them are held to. Closing the generator aborts what still runs. Raises
+        GenerationFailed, InvalidRequest (also in the middle, when a grammar cannot go on), QueueFull and EngineDead;
+        one failing request ends the others.
         """
         if group_id in self._groups:
             raise InvalidRequest(f"a request with the id {group_id!r} is still running", param="request_id")
-        group = self._groups[group_id] = _Group(tuple(request.request_id for request in requests))
+        group = self._groups[group_id] = _Group(tuple(request.request_id for request in requests), constraint)
         try:
             async with aclosing(self._merged(group, requests)) as merged:
                 async for item in merged:
@@ -88,17 +98,17 @@ class Gateway:
         self, group: _Group, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         if len(requests) == 1:
-            async with aclosing(self._timed(requests[0])) as only:
+            async with aclosing(self._timed(group, requests[0])) as only:
                 async for output in only:
                     yield 0, output
             return
         arrivals: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(
             MAX_PARALLEL_PROMPTS
         )
-        gate = asyncio.Semaphore(MAX_PARALLEL_PROMPTS)
+        gate = asyncio.Semaphore(min(MAX_PARALLEL_PROMPTS, self.client.max_queued_requests))
 
         async def forward(index: int, request: Request) -> None:
-            async with aclosing(self._timed(request)) as outputs:
+            async with aclosing(self._timed(group, request)) as outputs:
                 async for output in outputs:
                     await arrivals.put((index, output))
 
@@ -129,12 +139,12 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _timed(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    async def _timed(self, group: _Group, request: Request) -> AsyncGenerator[RequestOutput, None]:
         started_s = self._clock.now_s()
         last_s: float | None = None
         async with aclosing(self.client.generate(self._with_deadline(request))) as outputs:  # type: ignore[type-var]
             async for output in outputs:
-                _raise_if_failed(output)
+                _raise_if_failed(output, group.constraint)
                 now_s = self._clock.now_s()
                 num_new = max((len(delta.token_ids) for delta in output.deltas), default=0)
                 if num_new and last_s is None:
@@ -151,9 +161,11 @@ class Gateway:
         return replace(request, deadline_s=min(limits_s)) if limits_s else request
 
 
-def _raise_if_failed(output: RequestOutput) -> None:
+def _raise_if_failed(output: RequestOutput, constraint: Constraint | None) -> None:
     for delta in output.deltas:
         if delta.finish_reason == "error":
+            if constraint is not None and failed_by_grammar(delta.error or ""):
+                raise InvalidRequest(delta.error or "", param=constraint.param, code=INVALID_GRAMMAR)
             raise GenerationFailed(f"generation failed: {delta.error or 'the engine gave no reason'}")
 
 

@@ -45,16 +45,15 @@ def prefix_hit_ratio(stats: EngineStats) -> float:
 
 
 class _EngineCollector(Collector):
-    """The last snapshot of the engine as metric families; only `lockstep_engine_up` while it is away."""
+    """The last snapshot of the engine as metric families, kept while it is away; `lockstep_engine_up` tells."""
 
     def __init__(self) -> None:
+        self.is_up = False
         self.stats: EngineStats | None = None
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         stats = self.stats
-        yield GaugeMetricFamily(
-            "lockstep_engine_up", "1 while the engine answers.", value=float(stats is not None)
-        )
+        yield GaugeMetricFamily("lockstep_engine_up", "1 while the engine answers.", value=float(self.is_up))
         if stats is None:
             return
         for name, (field, text) in _GAUGES.items():
@@ -98,5 +97,6 @@ class Metrics:
 
     def render(self, stats: EngineStats | None) -> bytes:
         """The text exposition format (version 0.0.4). `stats` None says that the engine is away."""
-        self._engine.stats = stats
+        self._engine.is_up = stats is not None
+        self._engine.stats = stats or self._engine.stats
         return generate_latest(self._registry)

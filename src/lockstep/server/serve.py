@@ -19,9 +19,11 @@ from lockstep.engine.client import EngineClient
 from lockstep.server.app import create_app
 
 GRACE_S = 5
-"""Time that open connections get to end once their requests were aborted."""
+"""Time that open connections get to end once their requests have ended."""
 
 BACKLOG = 2048
+
+log = logging.getLogger(__name__)
 
 _UVICORN_LEVELS = {"debug": "info", "info": "warning"}
 """uvicorn's news (each request, each start) are details here; the address is announced by `on_ready`."""
@@ -62,14 +64,16 @@ class _Server(uvicorn.Server):
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for what asyncio says when several events follow a hang-up before the loop learns of it."""
-    return record.getMessage() != "socket.send() raised exception."
+    """False for what asyncio says when several events follow a hang-up before the loop learns of it, and for what
+    uvicorn says of a connection that it cut off itself."""
+    was_cut = record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not was_cut and record.getMessage() != "socket.send() raised exception."
 
 
 async def serve(
     client: EngineClient, options: ServerOptions, *, on_ready: Callable[[str], None] | None = None
 ) -> None:
-    """Listens, starts the client, serves until SIGINT or SIGTERM, aborts what runs, closes the client.
+    """Listens, starts the client, serves until SIGINT or SIGTERM, closes the client, which ends what runs.
 
     The port is taken first, so that a taken one is known before a model loads. `on_ready` gets the address.
     Raises ConfigError and whatever `client.start` raises.
@@ -120,7 +124,8 @@ async def _unless_stopped(stop: asyncio.Event, client: EngineClient) -> bool:
 async def run_app(
     app: FastAPI, listener: socket.socket, stop: asyncio.Event, client: EngineClient, *, log_level: str = "info"
 ) -> None:
-    """Serves the app on the socket until `stop` is set; requests still running are aborted, then given 5 s."""
+    """Serves the app on the socket until `stop` is set, then closes the client, so that running requests end with
+    its error; whoever reads no further is cut off after 5 s."""
     config = uvicorn.Config(
         app,
         log_level=_UVICORN_LEVELS.get(log_level, log_level),
@@ -129,17 +134,16 @@ async def run_app(
         server_header=False,
     )
     server = _Server(config)
-    logging.getLogger("asyncio").addFilter(_is_news)
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(_is_news)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
+            log.warning("stopping; %d unfinished requests end with an error", app.state.gateway.num_running)
             server.should_exit = True
-        while not serving.done():
-            # Again and again: requests that were on their way may still arrive.
-            await client.abort_all()
-            await asyncio.wait({serving}, timeout=0.1)
+            await client.close()
         await serving
     finally:
         stopping.cancel()

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lockstep.core.errors import LockstepError
+from lockstep.core.errors import InvalidRequest, LockstepError
 from lockstep.server.errors import body_of, response_of
 from lockstep.server.wire import DONE_EVENT, OUTCOME, ClientDisconnected, event, until_disconnect
 
@@ -49,7 +49,7 @@ class EventStream(Response):
                 if not started:
                     await response_of(error)(scope, receive, send)
                     return
-                scope[OUTCOME] = "server_error"
+                scope[OUTCOME] = "client_error" if isinstance(error, InvalidRequest) else "server_error"
                 last = event(body_of(error))
         await send(_piece(last))
         await send(_piece(b"", more=False))

@@ -56,8 +56,8 @@ def _to_json(
 class ChatTemplate:
     """A model's chat template, or several by name of which `tool_use` serves requests with tools.
 
-    `special_tokens` are the variables such as `bos_token`. `now` is the clock behind `strftime_now`.
-    The template is compiled on first use; a broken one raises ModelFileError then.
+    `special_tokens` are the variables such as `bos_token`. `now` is the clock behind `strftime_now`, `called` what
+    errors call the template. It is compiled on first use; a broken one raises ModelFileError then.
     """
 
     def __init__(
@@ -66,16 +66,23 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         *,
         now: Callable[[], datetime] = datetime.now,
+        called: str = "the model's chat template",
     ) -> None:
         self.sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
         self.special_tokens = dict(special_tokens)
         self._now = now
+        self._called = called
         self._templates: dict[str, Template] = {}
 
     @property
     def supports_tools(self) -> bool:
         """True when the template does something with `tools`. Raises ModelFileError when it is broken."""
         return any(self._reads_tools(name) for name in self.sources)
+
+    def check(self) -> None:
+        """Raises ModelFileError when the template, or one of several, is broken."""
+        for name in self.sources:
+            self._compiled(name)
 
     def render(
         self,
@@ -101,10 +108,10 @@ class ChatTemplate:
         try:
             return self._compiled(name).render(variables)
         except _RaisedByTemplate as error:
-            raise InvalidRequest(f"the model's chat template refuses: {error}", param="messages") from error
+            raise InvalidRequest(f"{self._called} refuses: {error}", param="messages") from error
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise InvalidRequest(
-                f"the model's chat template cannot render these messages: {error}", param="messages"
+                f"{self._called} cannot render these messages: {error}", param="messages"
             ) from error
 
     @property
@@ -130,7 +137,6 @@ class ChatTemplate:
             try:
                 self._templates[name] = self._environment.from_string(self.sources[name])
             except TemplateSyntaxError as error:
-                raise ModelFileError(
-                    f"the model's chat template {name!r} is broken at line {error.lineno}: {error.message}"
-                ) from error
+                called = self._called if len(self.sources) == 1 else f"{self._called} {name!r}"
+                raise ModelFileError(f"{called} is broken at line {error.lineno}: {error.message}") from error
         return self._templates[name]

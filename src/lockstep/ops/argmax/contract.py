@@ -40,6 +40,10 @@ def _cases() -> Iterator[Case]:
             logits[2, 19999] = torch.inf
             return (logits,)
 
+        def zeros(g: torch.Generator, dtype: torch.dtype = dtype) -> _Arguments:
+            return (torch.zeros(3, 1001, dtype=dtype),)
+
+        yield Case(f"{dtype} all zero", {"dtype": dtype, "vocab_size": 1001}, zeros)
         yield Case(f"{dtype} infinite", {"dtype": dtype, "vocab_size": 20000}, forbidden)
 
 
@@ -84,5 +88,5 @@ CONTRACT = Contract(
         "without signs": _without_signs,
         "of the next row": _of_the_next_row,
     },
-    workload=Workload("rows of 151936 bfloat16 logits", (1, 64, 256), _timed),
+    workload=Workload("rows of 151936 bfloat16 logits", (1, 16, 64, 256), _timed),
 )

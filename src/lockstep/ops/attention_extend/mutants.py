@@ -65,7 +65,7 @@ def _padding_left(*given: Any) -> None:
 
 
 def _each_sequence(wrong_attend: Callable[..., torch.Tensor]) -> Callable[..., None]:
-    """From `wrong_attend(q, k, v, number of keys, sinks, scale, window, soft cap)` over all slots of a sequence's pages."""
+    """From a function of q, all slots of a sequence's pages, its number of keys, sinks, scale, window and soft cap."""
 
     def wrong(*given: Any) -> None:
         q, k, v, table, cu_rows, num_keys, sinks, out, *how = given

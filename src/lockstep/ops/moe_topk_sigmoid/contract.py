@@ -48,7 +48,7 @@ _ROUTINGS = (
     _Routing(2, 8, 8, has_bias=False, renormalise=False),
     _Routing(3, 6, 2, 6, 3),
     _Routing(2, 384, 8, scale=2.827),
-    _Routing(3, 160, 6, 8, 3, spread=30.0),
+    _Routing(3, 160, 6, 8, 3, spread=50.0),
     _Routing(3, 32, 4, 4, 2, has_bias=False, spread=0.0),
     _Routing(4, 64, 4, 4, 2, is_strided=True),
     _Routing(0, 64, 4, 4, 2),

@@ -57,7 +57,8 @@ def _case(
         bias = normal(g, outputs, dtype=dtype) if has_bias else None
         return a, b, a_scale, _scales(g, b_shape, product_scale(inputs, _MOST_INPUTS) / _CODES), bias, dtype
 
-    name = f"{dtype} {rows}x{inputs}x{outputs} per {scaling}{' bias' * has_bias}{' sliced' * sliced}{f' size {size:g}' * (size != 1)}"
+    words = f"{' bias' * has_bias}{' sliced' * sliced}{f' size {size:g}' * (size != 1)}"
+    name = f"{dtype} {rows}x{inputs}x{outputs} per {scaling}{words}"
     signature = {"dtype": dtype, "inputs": inputs, "outputs": outputs, "scaling": scaling, "bias": has_bias}
     return Case(name, signature, make)
 

@@ -183,5 +183,5 @@ CONTRACT = Contract(
         "draw from the other end": _draw_from_the_other_end,
         "draw of the next row": _draw_of_the_next_row,
     },
-    workload=Workload("rows of 151936 float32 logits, every kind of filter", (1, 64, 256), _timed),
+    workload=Workload("rows of 151936 float32 logits, every kind of filter", (1, 16, 64, 256), _timed),
 )

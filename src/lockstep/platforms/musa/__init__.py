@@ -1,7 +1,7 @@
 """Moore Threads GPUs through the package torch_musa, which adds the device "musa" to torch.
 
-Written from the package's documentation and not yet run on such a GPU: whatever a run would have to show (graphs,
-fp8, fast attention) is not stated.
+Written from the package's documentation and not yet run on such a GPU: streams and bfloat16 are what torch says of the
+device, and whatever a run would have to show (graphs, collectives, fp8, fast attention) is not stated.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ class MusaPlatform(TorchAccelerator):
             device_name=facts.name,
             num_devices=musa.device_count(),
             memory_bytes=facts.total_memory,
-            fast_dtypes=("bfloat16", "float16"),
+            fast_dtypes=self._fast_dtypes(),
             features=frozenset({"triton"} if has_triton else ()),
-            has_streams=True,
+            has_streams=self._has_streams(),
             has_triton=has_triton,
-            collective_backend="mccl",
         )
 
     def device(self, index: int = 0) -> torch.device:

@@ -28,6 +28,8 @@ class NullPlatform(Platform):
             device_type=self.device_type,
             device_name="null",
             fast_dtypes=("float32", "bfloat16"),
+            # Ranks meet, and have nothing to sum.
+            collective_backend="gloo",
         )
 
     def memory(self, index: int = 0) -> MemoryFacts:

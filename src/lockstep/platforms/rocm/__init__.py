@@ -1,7 +1,7 @@
 """AMD GPUs through torch's ROCm build, which keeps the names of torch.cuda.
 
-Written from the documentation of ROCm's PyTorch and not yet run on an AMD GPU: whatever a run would have to show
-(graphs, fp8, fast attention) is not stated.
+Written from the documentation of ROCm's PyTorch and not yet run on an AMD GPU: streams, bfloat16 and collectives are
+what torch says of the device, and whatever a run would have to show (graphs, fp8, fast attention) is not stated.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ class RocmPlatform(TorchAccelerator):
             device_name=facts.name,
             num_devices=torch.cuda.device_count(),
             memory_bytes=facts.total_memory,
-            fast_dtypes=("bfloat16", "float16"),
+            fast_dtypes=self._fast_dtypes(),
             features=frozenset(features | ({"triton"} if has_triton else set())),
-            has_streams=True,
+            has_streams=self._has_streams(),
             has_triton=has_triton,
             # RCCL answers under NCCL's name in torch's ROCm build.
-            collective_backend="nccl",
+            collective_backend="nccl" if _has_nccl() else None,
         )
+
+
+def _has_nccl() -> bool:
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_nccl_available()

@@ -12,20 +12,21 @@ from starlette.responses import Response
 
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.request import Request
-from lockstep.core.sampling import Grammar
 from lockstep.engine.client import EngineClient
 from lockstep.server.conversion import (
+    Constraint,
+    check_constraint,
     encode_prompt,
     make_request,
     new_id,
-    requested_grammar,
+    requested_constraint,
     sampling_params,
 )
 from lockstep.server.gateway import Gateway
 from lockstep.server.prompting import render_prompt
 from lockstep.server.replies.chat import ChatReply
 from lockstep.server.routes.serving import Outputs, Serving, answer_whole, prepared
-from lockstep.server.schema.chat import ChatCompletionRequest, NamedToolChoice, Tool
+from lockstep.server.schema.chat import AllowedToolsChoice, ChatCompletionRequest, NamedToolChoice, Tool
 from lockstep.server.streaming import EventStream
 from lockstep.server.tools.forced import (
     NamedCallReader,
@@ -46,38 +47,49 @@ class ToolPlan:
 
     offered: tuple[Tool, ...]
     make_reader: Callable[[], AnswerReader]
-    grammar: Grammar | None = None
+    constraint: Constraint | None = None
 
 
 def plan_tools(body: ChatCompletionRequest, client: EngineClient, parser: str | None) -> ToolPlan:
     """What `tools`, `tool_choice` and `parallel_tool_calls` mean together."""
     tools, choice = tuple(body.tools or ()), body.tool_choice
+    if isinstance(choice, AllowedToolsChoice):
+        tools, choice = tuple(tool for tool in tools if tool.function.name in choice.names), choice.mode
     if not tools or choice == "none":
         return ToolPlan((), TextReader)
     if isinstance(choice, NamedToolChoice):
         chosen = next(tool.function for tool in tools if tool.function.name == choice.function.name)
-        return ToolPlan(tools, lambda: NamedCallReader(chosen.name), named_call_grammar(chosen))
+        constraint = Constraint(named_call_grammar(chosen), "tools")
+        return ToolPlan(tools, lambda: NamedCallReader(chosen.name), constraint)
     if choice == "required":
         grammar = required_calls_grammar(
             [tool.function for tool in tools], parallel=body.parallel_tool_calls is not False
         )
-        return ToolPlan(tools, RequiredCallsReader, grammar)
+        return ToolPlan(tools, RequiredCallsReader, Constraint(grammar, "tools"))
     template = client.tokenizer.chat_template
     reader = choose_reader(parser, "\n".join(template.sources.values()) if template else None)
     names = frozenset(tool.function.name for tool in tools)
     return ToolPlan(tools, lambda: reader(names))
 
 
-def build_request(
-    body: ChatCompletionRequest, client: EngineClient, request_id: str, plan: ToolPlan
-) -> Request:
-    """The core request of a chat body. Raises InvalidRequest naming the field."""
-    grammar = requested_grammar(body)
-    if grammar is not None and plan.grammar is not None:
+def choose_constraint(body: ChatCompletionRequest, plan: ToolPlan) -> Constraint | None:
+    """What the answer is held to. Raises InvalidRequest when a forced call meets another constraint."""
+    asked = requested_constraint(body)
+    if asked is not None and plan.constraint is not None:
         raise InvalidRequest(
             "a forced tool call excludes response_format, regex, ebnf and json_schema", param="tool_choice"
         )
-    grammar = grammar or plan.grammar
+    return asked or plan.constraint
+
+
+def build_request(
+    body: ChatCompletionRequest,
+    client: EngineClient,
+    request_id: str,
+    plan: ToolPlan,
+    constraint: Constraint | None,
+) -> Request:
+    """The core request of a chat body. Raises InvalidRequest naming the field."""
     given, param = body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
         given, param = body.max_completion_tokens, "max_completion_tokens"
@@ -85,7 +97,7 @@ def build_request(
         raise InvalidRequest(f"{param} must be at least 1, not {given}", param=param)
     params = sampling_params(
         body,
-        grammar=grammar,
+        grammar=constraint.grammar if constraint else None,
         max_tokens=given,
         min_tokens=body.min_tokens,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -103,8 +115,7 @@ def build_request(
         priority=body.priority,
         deadline_s=body.deadline_s,
     )
-    if grammar is not None:
-        client.validate_grammar(grammar)
+    check_constraint(client, constraint)
     return request
 
 
@@ -114,9 +125,10 @@ async def chat_completions(http: HttpRequest, body: ChatCompletionRequest, gatew
     gateway.check_model(body.model)
     request_id = body.request_id or new_id("chatcmpl")
     plan = plan_tools(body, gateway.client, gateway.options.tool_call_parser)
-    request = await prepared(lambda: build_request(body, gateway.client, request_id, plan))
+    constraint = choose_constraint(body, plan)
+    request = await prepared(lambda: build_request(body, gateway.client, request_id, plan, constraint))
     reply = _new_reply(gateway, request, plan, body)
-    outputs = gateway.outputs(request_id, [request])
+    outputs = gateway.outputs(request_id, [request], constraint)
     if body.stream:
         return EventStream(_events(outputs, reply))
     return await answer_whole(http, outputs, lambda _, output: list(reply.chunks(output)), reply.body)

@@ -15,11 +15,13 @@ from lockstep.core.request import Request
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.client import EngineClient
 from lockstep.server.conversion import (
+    Constraint,
     Prompt,
+    check_constraint,
     encode_prompt,
     make_request,
     new_id,
-    requested_grammar,
+    requested_constraint,
     sampling_params,
 )
 from lockstep.server.replies.completion import CompletionReply, CompletionShape
@@ -58,7 +60,9 @@ def plan_shape(body: CompletionRequest) -> CompletionShape:
     )
 
 
-def build_params(body: CompletionRequest, shape: CompletionShape) -> SamplingParams:
+def build_params(
+    body: CompletionRequest, shape: CompletionShape, constraint: Constraint | None
+) -> SamplingParams:
     """Sampling parameters of every prompt of the body; `max_tokens` stays open when none was given."""
     logprobs = body.logprobs
     if logprobs is None and shape.num_candidates > shape.num_choices:
@@ -66,7 +70,7 @@ def build_params(body: CompletionRequest, shape: CompletionShape) -> SamplingPar
     asked = [k for k in (body.prompt_logprobs, body.logprobs if body.echo else None) if k is not None]
     return sampling_params(
         body,
-        grammar=requested_grammar(body),
+        grammar=constraint.grammar if constraint else None,
         n=shape.num_candidates,
         max_tokens=1 if shape.drops_output else body.max_tokens,
         min_tokens=body.min_tokens,
@@ -76,10 +80,14 @@ def build_params(body: CompletionRequest, shape: CompletionShape) -> SamplingPar
 
 
 def build_requests(
-    body: CompletionRequest, client: EngineClient, request_id: str, shape: CompletionShape
+    body: CompletionRequest,
+    client: EngineClient,
+    request_id: str,
+    shape: CompletionShape,
+    constraint: Constraint | None,
 ) -> tuple[list[Prompt], list[Request]]:
     """The prompts and core requests of a completion body. Raises InvalidRequest naming the field."""
-    params = build_params(body, shape)
+    params = build_params(body, shape, constraint)
     special = body.add_special_tokens is not False
     prompts = [
         encode_prompt(client, given, add_special_tokens=special, param="prompt") for given in body.prompt
@@ -97,8 +105,7 @@ def build_requests(
         )
         for index, prompt in enumerate(prompts)
     ]
-    if params.grammar is not None:
-        client.validate_grammar(params.grammar)
+    check_constraint(client, constraint)
     return prompts, requests
 
 
@@ -115,9 +122,12 @@ async def completions(http: HttpRequest, body: CompletionRequest, gateway: Servi
     gateway.check_model(body.model)
     shape = plan_shape(body)
     request_id = body.request_id or new_id("cmpl")
-    prompts, requests = await prepared(lambda: build_requests(body, gateway.client, request_id, shape))
+    constraint = requested_constraint(body)
+    prompts, requests = await prepared(
+        lambda: build_requests(body, gateway.client, request_id, shape, constraint)
+    )
     reply = CompletionReply(request_id, gateway.model_name, gateway.client.tokenizer, prompts, shape)
-    outputs = gateway.outputs(request_id, requests)
+    outputs = gateway.outputs(request_id, requests, constraint)
     if body.stream:
         return EventStream(_events(outputs, reply))
     return await answer_whole(

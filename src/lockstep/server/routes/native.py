@@ -14,11 +14,13 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.core.request import Request
 from lockstep.engine.client import EngineClient
 from lockstep.server.conversion import (
+    Constraint,
+    check_constraint,
     check_token_ids,
     encode_prompt,
     make_request,
     new_id,
-    requested_grammar,
+    requested_constraint,
     sampling_params,
 )
 from lockstep.server.replies.native import NativeReply, NativeShape
@@ -34,12 +36,13 @@ _CORE_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
 router = APIRouter()
 
 
-def build_requests(body: GenerateRequest, client: EngineClient, request_id: str) -> list[Request]:
+def build_requests(
+    body: GenerateRequest, client: EngineClient, request_id: str, constraint: Constraint | None
+) -> list[Request]:
     """One core request per prompt. Raises InvalidRequest naming the field as /generate spells it."""
     fields = body.sampling_params
     param = "text" if body.text is not None else "input_ids"
     prompts = [encode_prompt(client, given, add_special_tokens=True, param=param) for given in body.prompts]
-    grammar = requested_grammar(fields)
     requests = []
     for index, prompt in enumerate(prompts):
         room = max(1, client.card.context_length - len(prompt.token_ids))
@@ -49,7 +52,7 @@ def build_requests(body: GenerateRequest, client: EngineClient, request_id: str)
         try:
             params = sampling_params(
                 fields,
-                grammar=grammar,
+                grammar=constraint.grammar if constraint else None,
                 max_tokens=max_tokens,
                 min_tokens=fields.min_new_tokens,
                 logprobs=(body.top_logprobs_num or 0) if body.return_logprob else None,
@@ -69,8 +72,7 @@ def build_requests(body: GenerateRequest, client: EngineClient, request_id: str)
                 deadline_s=body.deadline_s,
             )
         )
-    if grammar is not None:
-        client.validate_grammar(grammar)
+    check_constraint(client, constraint)
     return requests
 
 
@@ -85,7 +87,8 @@ def _renamed(error: InvalidRequest) -> InvalidRequest:
 async def generate(http: HttpRequest, body: GenerateRequest, gateway: Serving) -> Response:
     """Continues one or many prompts, whole or as a stream."""
     request_id = body.rid or new_id("gen")
-    requests = await prepared(lambda: build_requests(body, gateway.client, request_id))
+    constraint = requested_constraint(body.sampling_params)
+    requests = await prepared(lambda: build_requests(body, gateway.client, request_id, constraint))
     shape = NativeShape(
         num_prompts=len(requests),
         num_choices=requests[0].params.n,
@@ -94,7 +97,7 @@ async def generate(http: HttpRequest, body: GenerateRequest, gateway: Serving) -
         shows_prompt_logprobs=body.return_prompt_logprob,
     )
     reply = NativeReply(request_id, gateway.client.tokenizer, shape)
-    outputs = gateway.outputs(request_id, requests)
+    outputs = gateway.outputs(request_id, requests, constraint)
     if body.stream:
         return EventStream(_events(outputs, reply))
     return await answer_whole(http, outputs, reply.events, reply.body)

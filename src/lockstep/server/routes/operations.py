@@ -30,9 +30,11 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(gateway: Serving) -> Response:
-    """200 while the engine lives. Needs no key."""
+    """200 while the engine lives and answers. Needs no key."""
     if not gateway.client.is_alive:
         raise EngineDead("the engine is not running; it is being started again")
+    if not gateway.client.is_responsive:
+        raise EngineDead("the engine has not answered for longer than its steps take; it may be stuck")
     return JsonResponse({"status": "ok"})
 
 

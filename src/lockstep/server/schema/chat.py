@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from lockstep.server.schema.base import OpenAIFields, Strict
@@ -53,7 +53,27 @@ class CalledFunction(Strict):
     arguments: str
 
 
-class ToolCallMessage(Strict):
+def _refuse_custom(data: Any) -> Any:
+    """Says that custom tools exist, but not here, instead of naming their fields one by one."""
+    if isinstance(data, dict) and data.get("type") == "custom":
+        raise PydanticCustomError(
+            "custom_tool",
+            "custom tools are not supported: what is called is a function, with JSON for arguments",
+            {"field": "type"},
+        )
+    return data
+
+
+class FunctionsOnly(Strict):
+    """An object whose type OpenAI also lets be "custom", for tools that take free text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_custom_tool(cls, data: Any) -> Any:
+        return _refuse_custom(data)
+
+
+class ToolCallMessage(FunctionsOnly):
     """One call in an assistant message."""
 
     ignored: ClassVar[Mapping[str, str]] = {"index": "position in a stream, sent back by some clients"}
@@ -109,7 +129,7 @@ class FunctionDefinition(Strict):
         return self
 
 
-class Tool(Strict):
+class Tool(FunctionsOnly):
     """A tool on offer. Only functions exist here."""
 
     type: Literal["function"]
@@ -122,19 +142,59 @@ class NamedFunction(Strict):
     name: str
 
 
-class NamedToolChoice(Strict):
+class NamedToolChoice(FunctionsOnly):
     """Forces one function."""
 
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
+class AllowedTools(Strict):
+    """Some of the offered tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1)]
+
+
+class AllowedToolsChoice(Strict):
+    """As if only these tools were offered."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+    @property
+    def mode(self) -> str:
+        """ "auto" or "required"."""
+        return self.allowed_tools.mode
+
+    @property
+    def names(self) -> list[str]:
+        """The allowed functions."""
+        return [tool.function.name for tool in self.allowed_tools.tools]
+
+
 def _as_tool_choice(value: Any) -> Any:
     if value is None or isinstance(value, dict) or value in ("none", "auto", "required"):
         return value
     raise PydanticCustomError(
-        "tool_choice", "expected 'none', 'auto', 'required' or an object that names a function"
+        "tool_choice", "expected 'none', 'auto', 'required' or an object that names functions"
     )
+
+
+def _kind_of_choice(value: Any) -> str:
+    """The tag of the union's member that a valid or invalid choice is read as."""
+    if isinstance(value, str):
+        return "str"
+    kind = value.get("type") if isinstance(value, dict) else value.type
+    return "AllowedToolsChoice" if kind == "allowed_tools" else "NamedToolChoice"
+
+
+ToolChoice = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[NamedToolChoice, Tag("NamedToolChoice")]
+    | Annotated[AllowedToolsChoice, Tag("AllowedToolsChoice")],
+    Discriminator(_kind_of_choice),
+]
 
 
 class ChatCompletionRequest(OpenAIFields):
@@ -166,7 +226,7 @@ class ChatCompletionRequest(OpenAIFields):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Annotated[str | NamedToolChoice | None, BeforeValidator(_as_tool_choice)] = None
+    tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -197,9 +257,13 @@ class ChatCompletionRequest(OpenAIFields):
             return
         if not names:
             raise PydanticCustomError("tool_choice", "needs 'tools'", {"field": "tool_choice"})
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise PydanticCustomError(
-                "tool_choice",
-                "no tool is named {name}; expected one of: {names}",
-                {"field": "tool_choice", "name": repr(choice.function.name), "names": ", ".join(names)},
-            )
+        chosen = [choice.function.name] if isinstance(choice, NamedToolChoice) else []
+        if isinstance(choice, AllowedToolsChoice):
+            chosen = choice.names
+        for name in chosen:
+            if name not in names:
+                raise PydanticCustomError(
+                    "tool_choice",
+                    "no tool is named {name}; expected one of: {names}",
+                    {"field": "tool_choice", "name": repr(name), "names": ", ".join(names)},
+                )
