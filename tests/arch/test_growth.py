@@ -133,7 +133,7 @@ def test_a_kernel_is_one_file(folder: Path) -> None:
     )
     mine = next(kernel for kernel in kernels("rms_norm") if kernel.provider == "mine")
     assert check_kernel(contracts()["rms_norm"], mine, seed=0).passed
-    signature = {"dtype": None, "width": 8, "weight_dtype": None}
+    signature: dict[str, Any] = {"dtype": None, "width": 8, "weight_dtype": None}
     assert KernelSelector(HERE, ("mine",)).bind("rms_norm", "norm", signature).kernel is mine
     signature = {"dtype": torch.float32, "width": 8, "weight_dtype": torch.float32}
     assert bound_on("sim", "rms_norm", signature) == "mine"

@@ -18,7 +18,6 @@ DEVICE_ATTRIBUTE = re.compile(
 )
 
 DEVICES_ALLOWED = {
-    ("core/capabilities.py", "gloo"): "the collectives that every machine has are the default of the record",
     (
         "models/loading/sources.py",
         "meta",

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_llm import ScriptedLLM
@@ -247,7 +248,7 @@ def test_native_kernels_are_named_where_they_serve(
 
 
 def test_an_engine_names_native_kernels_where_they_serve() -> None:
-    small = {"device": "cpu", "max_total_tokens": 512, "context_length": 64}
+    small: dict[str, Any] = {"device": "cpu", "max_total_tokens": 512, "context_length": 64}
     with LLM(**small) as llm:
         assert llm.native_kernels == summary()
     with LLM(force_kernel=("*=reference",), **small) as llm:
