@@ -13,7 +13,7 @@ from lockstep.bench.contender import Round
 from lockstep.bench.contenders import open_contenders
 from lockstep.bench.workload import Job
 from lockstep.config import Given
-from lockstep.core.errors import ConfigError, EngineDead, LockstepError
+from lockstep.core.errors import ConfigError, EngineDead, InvalidRequest, LockstepError
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM
 
@@ -144,7 +144,7 @@ def test_more_jobs_than_the_queue_holds(model: Path) -> None:
 
 def test_an_answer_that_finds_no_room_is_an_error(model: Path) -> None:
     contender = make_contender("lockstep", options(model))
-    with pytest.raises(ConfigError, match=r"after 16 of 40 tokens.*--context-length"):
+    with pytest.raises(InvalidRequest, match=r"max_tokens 40 does not fit .* ask for at most 16"):
         contender.run([Job((1,) * 240, 40)])
 
 

@@ -91,7 +91,8 @@ class ScoreEdits:
             logits_RV.index_put_(where, biases_E, accumulate=True)
         banned = [(row, wishes.banned_ids) for row, wishes in edited if position_R[row] < wishes.banned_until]
         if banned:
-            logits_RV[self._places(banned)] = float("-inf")
+            # A plain number would be copied to the device, which waits for it.
+            logits_RV.index_put_(self._places(banned), logits_RV.new_full((), float("-inf")))
 
     def count(self, slot_R: np.ndarray, token_ids_R: torch.Tensor) -> None:
         """These sequences sampled these tokens."""
