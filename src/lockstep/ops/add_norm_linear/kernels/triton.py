@@ -51,6 +51,7 @@ KERNELS = (
     Kernel(
         op="add_norm_linear",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=add_norm_linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"triton"}),

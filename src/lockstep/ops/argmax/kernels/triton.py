@@ -18,6 +18,7 @@ KERNELS = (
     Kernel(
         op="argmax",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=argmax,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

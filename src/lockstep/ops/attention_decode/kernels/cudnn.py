@@ -29,6 +29,7 @@ KERNELS = (
     Kernel(
         op="attention_decode",
         provider="cudnn",
+        verified_on=("NVIDIA H100",),
         function=attention_decode,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90"}),

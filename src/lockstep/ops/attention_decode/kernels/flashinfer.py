@@ -141,6 +141,7 @@ KERNELS = (
     Kernel(
         op="attention_decode",
         provider="flashinfer",
+        verified_on=("NVIDIA H100",),
         function=attention_decode,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90"}),

@@ -326,6 +326,7 @@ KERNELS = (
     Kernel(
         op="attention_extend",
         provider="cudnn",
+        verified_on=("NVIDIA H100",),
         function=attention_extend,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90"}),

@@ -299,6 +299,7 @@ KERNELS = (
     Kernel(
         op="attention_extend",
         provider="flashinfer",
+        verified_on=("NVIDIA H100",),
         function=attention_extend,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90"}),

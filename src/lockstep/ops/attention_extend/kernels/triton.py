@@ -55,6 +55,7 @@ KERNELS = (
     Kernel(
         op="attention_extend",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=attention_extend,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -39,6 +39,7 @@ KERNELS = (
     Kernel(
         op="fused_moe",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=fused_moe,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

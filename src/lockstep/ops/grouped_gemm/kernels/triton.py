@@ -41,6 +41,7 @@ KERNELS = (
     Kernel(
         op="grouped_gemm",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=grouped_gemm,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

@@ -30,6 +30,7 @@ KERNELS = (
     Kernel(
         op="linear",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"triton"}),

@@ -35,6 +35,7 @@ KERNELS = (
     Kernel(
         op="norm_rope_store",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=norm_rope_store,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

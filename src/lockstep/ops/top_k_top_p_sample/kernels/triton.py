@@ -38,6 +38,7 @@ KERNELS = (
     Kernel(
         op="top_k_top_p_sample",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=top_k_top_p_sample,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),
