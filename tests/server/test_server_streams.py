@@ -32,7 +32,7 @@ LONG = "x" * 3000
 Start = Callable[..., Live]
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float = 1.0) -> None:
+def wait_until(condition: Callable[[], bool], limit_s: float = 10.0) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
