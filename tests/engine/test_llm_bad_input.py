@@ -16,9 +16,8 @@ from tiny_llm import make_tiny, open_tiny
 from lockstep.core.errors import ConfigError, InvalidRequest, LockstepError, ModelFileError
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.engine.llm import LLM
-from lockstep.server import prompting
 from lockstep.server.schema.chat import Role
-from lockstep.tokenizer.conversation import ROLES, TEMPLATE_ROLES
+from lockstep.tokenizer.conversation import ROLES
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -236,7 +235,7 @@ def test_conversations(conversing: LLM, messages: Any, param: str) -> None:
 
 
 def test_roles_are_those_of_the_http_interface(conversing: LLM) -> None:
-    assert get_args(Role) == ROLES and TEMPLATE_ROLES == prompting._ROLES
+    assert get_args(Role) == ROLES
     params = SamplingParams(max_tokens=1)
     said = [{"role": role, "content": "x"} for role in ROLES]
     answer = conversing.chat([*said, {"role": "assistant"}], params)

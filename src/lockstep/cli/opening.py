@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,8 +34,6 @@ def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
         yield llm
     finally:
         llm.close()
-        # Weights that native code holds are reported as leaks when the process ends with them frozen.
-        gc.unfreeze()
 
 
 def require_chat_template(llm: LLM, or_else: str = "") -> None:

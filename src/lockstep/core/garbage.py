@@ -21,6 +21,7 @@ def start_without_collecting() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        # Objects that native code holds are reported as leaks when a process ends with them frozen.
         atexit.register(gc.unfreeze)
         if was_on:
             gc.enable()

@@ -10,9 +10,7 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.server.schema.chat import ChatCompletionRequest, ChatMessage, Tool
 from lockstep.server.tools.registry import tool_instructions
 from lockstep.tokenizer.chat_template import ChatTemplate
-
-_ROLES = {"developer": "system", "function": "tool"}
-"""Roles that templates do not know, and the one that means the same to them."""
+from lockstep.tokenizer.conversation import TEMPLATE_ROLES
 
 _RESERVED = ("messages", "tools", "add_generation_prompt")
 
@@ -46,7 +44,10 @@ def render_prompt(template: ChatTemplate | None, body: ChatCompletionRequest, to
 
 
 def _as_template_message(message: ChatMessage) -> dict[str, Any]:
-    found: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.content or ""}
+    found: dict[str, Any] = {
+        "role": TEMPLATE_ROLES.get(message.role, message.role),
+        "content": message.content or "",
+    }
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             found[name] = value

@@ -20,7 +20,7 @@ class CudaPlatform(TorchAccelerator):
     kernel_preference = ("cublas", "cudnn", "flashinfer", "triton", "torch", "reference")
     # Measured on one H100 80GB (docs/performance.md). Decoding, all are within a tenth of each other and of the
     # memory's speed where it matters; Triton reads lengths on the device, FlashInfer plans on the host before each
-    # step. Extending, FlashInfer's FA3 reaches 470 to 557 TFLOP/s and cuDNN 455 to 572, Triton 377.
+    # step. Extending, FlashInfer's FA3 reaches 470 to 557 TFLOP/s and cuDNN 455 to 572, Triton 357.
     attention_preference = ("triton", "flashinfer", "cudnn", "torch")
     extend_preference = ("flashinfer", "cudnn", "triton", "torch")
 
