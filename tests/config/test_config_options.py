@@ -56,6 +56,7 @@ FROZEN = {
     "force_kernel": ("kernels", "--force-kernel", ()),
     "strict_kernels": ("kernels", "--strict-kernels", False),
     "graphs": ("kernels", "--graphs", AUTO),
+    "extend_graphs": ("kernels", "--extend-graphs", AUTO),
     "cache_dir": ("kernels", "--cache-dir", "~/.cache/lockstep"),
     "host": ("server", "--host", "127.0.0.1"),
     "port": ("server", "--port", 30000),

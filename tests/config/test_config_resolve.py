@@ -104,6 +104,7 @@ def test_defaults_on_a_small_host() -> None:
         "overlap": "off",
         "attention_backend": None,
         "graphs": "off",
+        "extend_graphs": "off",
     }
     assert {name: found[name] for name in expected} == expected
 
@@ -118,6 +119,8 @@ def test_defaults_on_an_accelerator() -> None:
         "max_running_requests": 256,
         "chunked_prefill_size": 8192,
         "overlap": "on",
+        "graphs": "full",
+        "extend_graphs": "piecewise",
         "mem_fraction_static": 0.88,
         "device": "cuda",
     }

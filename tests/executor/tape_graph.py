@@ -34,6 +34,9 @@ class TapeGraph:
         with _Recording(self._tape):
             yield
 
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
     def replay(self) -> None:
         self.num_replays += 1
         for function, args, kwargs, results in self._tape:
@@ -41,6 +44,9 @@ class TapeGraph:
             for kept, value in zip(tree_leaves(results), tree_leaves(fresh), strict=True):
                 if isinstance(kept, torch.Tensor) and kept.data_ptr() != value.data_ptr():
                     kept.copy_(value)
+
+
+_TAKES_MEMORY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default}
 
 
 class _Recording(TorchDispatchMode):
@@ -52,6 +58,9 @@ class _Recording(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         results = func(*args, **(kwargs or {}))
+        if func in _TAKES_MEMORY:
+            # A device's graph has its memory before it runs, and what others wrote there stays.
+            return results
         self._tape.append((func, args, kwargs or {}, results))
         return results
 

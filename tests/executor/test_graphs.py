@@ -2,126 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from tape_graph import TapeGraph, TapeSelector, tape_attention
-from tiny_models import CONTEXT_LENGTH, LAYOUTS, PAGE_SIZE, Layout, SeededWeights
+from tape_graph import tape_attention
+from taped_engine import HOST, MOST_ROWS, Engine, decode_plan, layout_named, plans
+from tiny_models import PAGE_SIZE
 
 from lockstep.attention.torch_backend import TorchBackend
-from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
-from lockstep.executor.graphs import DecodeGraphs, ladder, why_no_graphs
+from lockstep.core.step import StepPlan
+from lockstep.executor.graphs import ladder, why_no_graphs
 from lockstep.executor.inputs import LastTokens, StepRows, build_inputs
-from lockstep.executor.runner import ModelRunner
 from lockstep.executor.sequences import SequenceTable
-from lockstep.executor.transfers import Transfers
-from lockstep.kv.pool.pool import KVPool
-from lockstep.layers.build import Build
-from lockstep.models.registry import model_class
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import Binding
-from lockstep.parallel.mesh import Mesh
-from lockstep.platforms.registry import load_platform
 
 pytestmark = pytest.mark.suite("cpu", seconds=8)
 
-HOST = torch.device("cpu")
-MOST_ROWS = 6
 NAMES = ("llama", "qwen3")
-PARAMS = SamplingParams(temperature=0.0, logprobs=2, seed=0, ignore_eos=True)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-class Engine:
-    """A runner over a tiny model with hand-made plans; `graphs` are None when every step is eager."""
-
-    def __init__(self, layout: Layout, *, with_graphs: bool) -> None:
-        platform = load_platform("cpu")
-        self.selector = TapeSelector(platform.capabilities(), ("torch",), only=True)
-        self.build = Build(
-            Mesh.solo(),
-            HOST,
-            torch.float32,
-            torch.float32,
-            SeededWeights(),
-            self.selector,
-            CONTEXT_LENGTH,
-            PAGE_SIZE,
-        )
-        with torch.inference_mode():
-            self.model = model_class(layout.config).make(self.build, layout.config)
-        self.pool = KVPool(
-            tuple(self.build.kv_layers),
-            num_pages=64,
-            page_size=PAGE_SIZE,
-            dtype=torch.float32,
-            allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype),
-        )
-        self.made: list[TapeGraph] = []
-        attention = tape_attention()
-        self.graphs = DecodeGraphs(
-            self.model.forward,
-            attention,
-            self.pool,
-            LastTokens(MOST_ROWS + 1, HOST),
-            most_rows=MOST_ROWS,
-            num_pages=CONTEXT_LENGTH // PAGE_SIZE,
-            device=HOST,
-            new_graph=self._new_graph,
-        )
-        self.runner = ModelRunner(
-            self.model,
-            self.pool,
-            attention,
-            max_sequences=MOST_ROWS + 1,
-            windows=self.build.windows,
-            eos_token_ids=(),
-            transfers=Transfers(HOST),
-            graphs=self.graphs if with_graphs else None,
-        )
-
-    def _new_graph(self, beside: Any) -> TapeGraph:
-        self.made.append(TapeGraph(beside))
-        return self.made[-1]
-
-
-def decode_plan(step_id: int, lengths: dict[int, int], ended: Sequence[int] = ()) -> StepPlan:
-    """One more token for each sequence, whose pages are 8 s .. 8 s + 7."""
-    slices = tuple(
-        TokenSlice(seq_id, at, 1, (8 * seq_id + at // PAGE_SIZE,) if at % PAGE_SIZE == 0 else (), True)
-        for seq_id, at in lengths.items()
-    )
-    return StepPlan(step_id, (), tuple(ended), slices)
-
-
-def plans(prompts: dict[int, int], shrinking: Sequence[int], num_steps: int) -> list[StepPlan]:
-    """Prompts of these lengths, then steps of single tokens; `shrinking` leave one after the other."""
-    started, slices = [], []
-    for seq_id, length in prompts.items():
-        tokens = tuple((7 * seq_id + 3 * at) % 90 for at in range(length))
-        started.append(SequenceStart(seq_id, PARAMS, tokens, length, 0, ()))
-        pages = tuple(8 * seq_id + page for page in range(-(-length // PAGE_SIZE)))
-        slices.append(TokenSlice(seq_id, 0, length, pages, True))
-    made = [StepPlan(0, tuple(started), (), tuple(slices))]
-    lengths, leaving = dict(prompts), list(shrinking)
-    for step in range(num_steps):
-        ended = [leaving.pop(0)] if leaving and step % 2 else []
-        for seq_id in ended:
-            del lengths[seq_id]
-        made.append(decode_plan(step + 1, lengths, ended))
-        lengths = {seq_id: length + 1 for seq_id, length in lengths.items()}
-    return made
-
-
-def layout_named(name: str) -> Layout:
-    return next(layout for layout in LAYOUTS if layout.name == name)
 
 
 def test_sizes_are_few_and_padding_is_small() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_graphs import MOST_ROWS, Engine, decode_plan, layout_named, plans
+from taped_engine import MOST_ROWS, Engine, decode_plan, layout_named, plans
 
 from lockstep.core.step import Pending
 from lockstep.executor.runner import ModelRunner
@@ -75,12 +75,12 @@ def late_runner(engine: Engine) -> ModelRunner:
     return ModelRunner(
         engine.model,
         engine.pool,
-        engine.graphs._attention,
+        engine.attention,
         max_sequences=MOST_ROWS + 1,
         windows=engine.build.windows,
         eos_token_ids=(),
         transfers=LateTransfers(),
-        graphs=engine.graphs,
+        graphs=engine.recorded,
     )
 
 
@@ -89,7 +89,7 @@ def test_results_that_are_taken_late_are_the_same(unpinned: None, ahead: int) ->
     """The host never says what was sampled, and reads it after the next step was submitted."""
     layout = layout_named("llama")
     script = plans({0: 3, 1: 9, 2: 1, 3: 4}, [2, 0], 9)
-    prompt_alone = Engine(layout, with_graphs=False).runner
+    prompt_alone = Engine(layout).runner
     expected = [prompt_alone.execute(plan) for plan in script]
     runner, pending, found = late_runner(Engine(layout, with_graphs=True)), list[Pending](), []
     for plan in script:

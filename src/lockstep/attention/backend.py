@@ -54,3 +54,9 @@ class AttentionBackend(ABC):
 
         Rows of padding are zeros.
         """
+
+    def run_into(
+        self, plan: Any, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec, out_TNH: torch.Tensor
+    ) -> None:
+        """The same, written to `out_TNH`."""
+        out_TNH.copy_(self.run(plan, q_TNH, kv, spec))

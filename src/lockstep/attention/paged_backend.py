@@ -125,6 +125,12 @@ class PagedBackend(AttentionBackend):
 
     def run(self, plan: PagedPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
         out_TNH = torch.empty_like(q_TNH)
+        self.run_into(plan, q_TNH, kv, spec, out_TNH)
+        return out_TNH
+
+    def run_into(
+        self, plan: PagedPlan, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec, out_TNH: torch.Tensor
+    ) -> None:
         first = plan.num_decode_rows
         if plan.decode is not None:
             self._decode.run(plan.decode, q_TNH[:first], kv, spec, out_TNH[:first])
@@ -132,7 +138,6 @@ class PagedBackend(AttentionBackend):
             self._extend.run(plan.extend, q_TNH[first:], kv, spec, out_TNH[first:])
         elif first < q_TNH.shape[0]:
             out_TNH[first:].zero_()
-        return out_TNH
 
 
 def _aligned(count: int) -> int:

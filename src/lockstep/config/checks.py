@@ -105,10 +105,12 @@ def _forced_kernels_are_pairs(at: Situation) -> None:
 
 
 def _graphs_are_there(at: Situation) -> None:
-    if at.decided["graphs"] != "off" and not at.device.has_graphs:
-        raise ConfigError(
-            f"--graphs {at.decided['graphs']}: {at.device.platform} has no device graphs; use --graphs off"
-        )
+    for name in ("graphs", "extend_graphs"):
+        if at.decided[name] != "off" and not at.device.has_graphs:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{option} {at.decided[name]}: {at.device.platform} has no device graphs; use {option} off"
+            )
 
 
 CHECKS = (

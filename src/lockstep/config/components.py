@@ -150,8 +150,13 @@ class KernelOptions:
     )
     graphs: str = option(
         AUTO,
-        choices=("off", "full"),
-        help="full: steps of one token for each sequence are replayed as device graphs. off: every step is eager.",
+        choices=("off", "piecewise", "full"),
+        help="Steps of single tokens as device graphs: whole (full), or cut at attention (piecewise). off: eager.",
+    )
+    extend_graphs: str = option(
+        AUTO,
+        choices=("off", "piecewise"),
+        help="Steps with pieces of prompts as device graphs cut at attention (piecewise). off: eager.",
     )
 
     cache_dir: str = option(

@@ -167,11 +167,20 @@ def _attention_backend(at: Situation) -> Choice:
 
 def _graphs(at: Situation) -> Choice:
     """`full` for one rank on a device that has graphs, else `off`."""
+    return _no_graphs(at) or Choice("full", "device", "decoding is launched as a whole")
+
+
+def _extend_graphs(at: Situation) -> Choice:
+    """`piecewise` for one rank on a device that has graphs, else `off`."""
+    return _no_graphs(at) or Choice("piecewise", "device", "all but attention is launched layer by layer")
+
+
+def _no_graphs(at: Situation) -> Choice | None:
     if not at.device.has_graphs:
         return Choice("off", "device", "this device has no graphs")
     if at.decided["tp"] * at.decided["ep"] > 1:
         return Choice("off", "derived", "sums over ranks were not tried in graphs yet")
-    return Choice("full", "device", "decoding is launched as a whole")
+    return None
 
 
 def _pool_in_whole_pages(asked: Choice, at: Situation) -> Choice:
@@ -206,6 +215,7 @@ RULES: dict[str, Callable[[Situation], Choice]] = {
         _overlap,
         _attention_backend,
         _graphs,
+        _extend_graphs,
     )
 }
 

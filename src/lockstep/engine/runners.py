@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,9 +14,10 @@ from lockstep.config import EngineConfig
 from lockstep.core.errors import KernelError
 from lockstep.core.probe import Probe
 from lockstep.engine.loading import LoadedModel
-from lockstep.executor.graphs import DecodeGraphs, why_no_graphs
+from lockstep.executor.graphs import DecodeGraphs, GraphMemory, StepGraphs, why_no_graphs, why_no_pieces
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import LastTokens
+from lockstep.executor.pieces import MOST_ROWS, PiecedSteps
 from lockstep.executor.runner import ModelRunner
 from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.host_pool import HostPool
@@ -28,8 +30,8 @@ from lockstep.platforms.base import Platform
 class Runners:
     """Makes runners: one on trial, to see what a step takes, and the one that serves.
 
-    `no_graphs` says why every step is eager; None when steps of single tokens are replayed as graphs. Raises
-    KernelError for a kernel that no graph can hold under --strict-kernels.
+    `graph_use` says which steps are replayed as graphs. Raises KernelError for a kernel that no graph can hold under
+    --strict-kernels.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Runners:
         self._rank = mesh.everyone.rank
         self._eos_token_ids = eos_token_ids
         self._probe = probe
-        self.no_graphs = _why_eager(config, loaded.bindings, loaded.attention, probe)
+        self.graph_use = decide_graphs(config, loaded.bindings, loaded.attention, probe)
 
     def trial(self, num_pages: int) -> tuple[ModelRunner, KVPool]:
         """Without graphs and hooks, over so many pages."""
@@ -55,11 +57,11 @@ class Runners:
         return self._runner(pool, (), None), pool
 
     @torch.inference_mode()
-    def record_largest(self, pool: KVPool) -> DecodeGraphs | None:
-        """Graphs of which the largest is recorded, over a pool on trial; None where there are none."""
+    def record_largest(self, pool: KVPool) -> StepGraphs | None:
+        """Recorded steps of which the largest are there, over a pool on trial; None where there are none."""
         graphs = self._graphs(pool)
         if graphs is not None:
-            graphs.step(self._config.scheduler.max_running_requests)
+            graphs.record_largest()
         return graphs
 
     @torch.inference_mode()
@@ -84,22 +86,42 @@ class Runners:
             allocate=lambda shape, dtype: self._platform.zeros(shape, dtype, self._rank),
         )
 
-    def _graphs(self, pool: KVPool) -> DecodeGraphs | None:
-        attention = self._loaded.attention
-        if self.no_graphs is not None or not isinstance(attention, PagedBackend):
+    def _graphs(self, pool: KVPool) -> StepGraphs | None:
+        if not self.graph_use.any:
             return None
-        return DecodeGraphs(
-            self._loaded.model.forward,
-            attention,
-            pool,
-            LastTokens(self._config.scheduler.max_running_requests, self._loaded.build.device),
-            most_rows=self._config.scheduler.max_running_requests,
-            num_pages=-(-self._config.model.context_length // pool.page_size),
-            device=self._loaded.build.device,
-            new_graph=self._platform.new_graph,
-        )
+        device, most_requests = self._loaded.build.device, self._config.scheduler.max_running_requests
+        last_tokens = LastTokens(most_requests, device)
+        memory = GraphMemory(self._platform.new_graph)
+        forward, attention = self._loaded.model.forward, self._loaded.attention
+        whole = pieces = None
+        if self.graph_use.decode == "full":
+            assert isinstance(attention, PagedBackend), "no other has plans that can be filled again"
+            whole = DecodeGraphs(
+                forward,
+                attention,
+                pool,
+                last_tokens,
+                most_rows=most_requests,
+                num_pages=-(-self._config.model.context_length // pool.page_size),
+                device=device,
+                new_graph=memory.new,
+            )
+        if "piecewise" in (self.graph_use.decode, self.graph_use.extend):
+            pieces = PiecedSteps(
+                forward,
+                attention,
+                pool,
+                last_tokens,
+                most_rows=min(MOST_ROWS, max(most_requests, self._config.scheduler.chunked_prefill_size)),
+                windows=self._loaded.build.windows,
+                takes_single=self.graph_use.decode == "piecewise",
+                takes_longer=self.graph_use.extend == "piecewise",
+                device=device,
+                new_graph=memory.new,
+            )
+        return StepGraphs(last_tokens, whole, pieces)
 
-    def _runner(self, pool: KVPool, hooks: Sequence[SamplerHook], graphs: DecodeGraphs | None) -> ModelRunner:
+    def _runner(self, pool: KVPool, hooks: Sequence[SamplerHook], graphs: StepGraphs | None) -> ModelRunner:
         loaded = self._loaded
         return ModelRunner(
             loaded.model,
@@ -117,18 +139,40 @@ class Runners:
         )
 
 
-def _why_eager(
+@dataclass(frozen=True, slots=True)
+class GraphUse:
+    """How steps of single tokens (`decode`: full, piecewise or off) and others (`extend`: piecewise or off) are
+    submitted, and for each that is not as the configuration wants it, why."""
+
+    decode: str
+    extend: str
+    why: tuple[str, ...] = ()
+
+    @property
+    def any(self) -> bool:
+        """True when some steps are replayed."""
+        return (self.decode, self.extend) != ("off", "off")
+
+
+def decide_graphs(
     config: EngineConfig, bindings: Sequence[Binding], attention: AttentionBackend, probe: Probe | None
-) -> str | None:
-    """The reason why every step is eager; None when steps of single tokens are replayed as graphs.
+) -> GraphUse:
+    """What becomes of --graphs and --extend-graphs with these kernels.
 
     Raises KernelError for a kernel that no graph can hold under --strict-kernels.
     """
-    if config.kernels.graphs == "off":
-        return "--graphs off"
+    decode, extend = config.kernels.graphs, config.kernels.extend_graphs
+    if (decode, extend) == ("off", "off"):
+        return GraphUse("off", "off")
     if probe is not None:
-        return "a probe reads values while a step runs"
-    reason = why_no_graphs(bindings, attention)
+        return GraphUse("off", "off", ("a probe reads values while a step runs",))
+    reason = why_no_pieces(bindings)
+    if reason is not None:
+        use = GraphUse("off", "off", (reason,))
+    elif decode == "full" and (reason := why_no_graphs(bindings, attention)) is not None:
+        use = GraphUse("piecewise", extend, (f"decoding in pieces: {reason}",))
+    else:
+        use = GraphUse(decode, extend)
     if reason is not None and config.kernels.strict_kernels:
-        raise KernelError(f"--strict-kernels: --graphs {config.kernels.graphs} cannot be: {reason}")
-    return reason
+        raise KernelError(f"--strict-kernels: --graphs {decode}, --extend-graphs {extend} cannot be: {reason}")
+    return use

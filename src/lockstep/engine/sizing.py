@@ -116,18 +116,20 @@ class Sizing:
                     f"{scores_bytes / 2**20:.0f} MiB are scores",
                 )
             )
-            if self._runners.no_graphs is None:
-                lines.append(
-                    MemoryLine("graphs", step.graph_bytes, "measured: the largest, whose memory all share")
-                )
-        if self._runners.no_graphs and config.kernels.graphs != "off":
-            lines.append(MemoryLine("graphs", 0, f"none: {self._runners.no_graphs}"))
+        lines += self._graph_lines(step)
         if self._host_bytes:
             lines.append(MemoryLine("host cache", self._host_bytes, "in host memory", is_own=on_host))
         lines.append(
             MemoryLine("free now", now.available_bytes, f"of {total_bytes / 2**30:.1f} GiB", is_own=False)
         )
         return tuple(lines)
+
+    def _graph_lines(self, step: StepMemory | None) -> list[MemoryLine]:
+        use = self._runners.graph_use
+        if use.any and step is not None:
+            note = "; ".join(("measured: the largest of each kind, whose memory all share", *use.why))
+            return [MemoryLine("graphs", step.graph_bytes, note)]
+        return [MemoryLine("graphs", 0, f"none: {use.why[0]}")] if use.why and not use.any else []
 
     def _measured(self) -> StepMemory:
         page_size = self._config.cache.page_size

@@ -15,13 +15,13 @@ import torch
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.step import StepPlan
-from lockstep.executor.inputs import PADDING, LastTokens, StepInputs, StepRows
+from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, padding_rows
+from lockstep.executor.pieces import Forward, PiecedSteps
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
 from lockstep.ops.selection import Binding
 from lockstep.platforms.base import DeviceGraph
 
-Forward = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
 NewGraph = Callable[[DeviceGraph | None], DeviceGraph]
 """Makes a graph in the memory of another."""
 
@@ -41,11 +41,21 @@ def ladder(most_rows: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < most_rows), most_rows)
 
 
-def why_no_graphs(bindings: Iterable[Binding], attention: AttentionBackend) -> str | None:
-    """The reason why a step of single tokens over these kernels cannot be recorded; None when it can."""
+def why_no_pieces(bindings: Iterable[Binding]) -> str | None:
+    """The reason why what these kernels compute between a step's attention cannot be recorded; None when it can."""
     for binding in bindings:
+        if binding.op == "decoder_forward":
+            return f"{binding.op}.{binding.kernel.provider} computes steps as a whole"
         if binding.kernel.asks_host and binding.op not in _NOT_ASKED:
             return f"{binding.op}.{binding.kernel.provider} reads values on the host"
+    return None
+
+
+def why_no_graphs(bindings: Iterable[Binding], attention: AttentionBackend) -> str | None:
+    """The reason why a step of single tokens over these kernels cannot be recorded whole; None when it can."""
+    reason = why_no_pieces(bindings)
+    if reason is not None:
+        return reason
     if not isinstance(attention, PagedBackend):
         return f"attention by {attention.name} is planned anew for each step"
     return attention.why_no_graphs
@@ -67,14 +77,14 @@ class RecordedStep:
         graph: DeviceGraph,
     ) -> None:
         self.num_rows = num_rows
-        self.graph = graph
+        self._graph = graph
         self._forward = forward
         self._attention = attention
         self._last_tokens = last_tokens
         self._plan = attention.fixed_plan(
             num_rows=num_rows, num_pages=num_pages, page_size=pool.page_size, device=device
         )
-        self.rows = StepRows(torch.tensor(PADDING, device=device).repeat(num_rows, 1).T.contiguous())
+        self.rows = padding_rows(num_rows, device)
         self._context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, self._plan, pool)
         # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
         self.run()
@@ -92,14 +102,14 @@ class RecordedStep:
 
     def replay(self) -> torch.Tensor:
         """Hidden rows [T, D] of what was filled in, by the graph; valid until its next replay."""
-        self.graph.replay()
+        self._graph.replay()
         return self._hidden_TD
 
 
 class DecodeGraphs:
     """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted.
 
-    All of them share one memory, for only one runs at a time. `num_pages` is the most that a sequence can have.
+    `num_pages` is the most that a sequence can have.
     Tokens that the host does not know yet are taken from `last_tokens` by the graph itself.
     """
 
@@ -113,23 +123,27 @@ class DecodeGraphs:
         most_rows: int,
         num_pages: int,
         device: torch.device,
-        new_graph: NewGraph,
+        new_graph: Callable[[], DeviceGraph],
     ) -> None:
         self._forward = forward
         self._attention = attention
         self._pool = pool
-        self.last_tokens = last_tokens
+        self._last_tokens = last_tokens
         self._num_pages = num_pages
         self._device = device
         self._new_graph = new_graph
-        self._sizes = ladder(most_rows)
+        self.sizes = ladder(most_rows)
         self._recorded: dict[int, RecordedStep] = {}
 
     def num_rows_for(self, plan: StepPlan) -> int | None:
         """Rows of the smallest graph that can hold the plan, or None when none can."""
         if any(piece.num_tokens != 1 for piece in plan.slices):
             return None
-        return next((size for size in self._sizes if size >= len(plan.slices)), None)
+        return next((size for size in self.sizes if size >= len(plan.slices)), None)
+
+    def holds(self, inputs: StepInputs) -> bool:
+        """True for a step that was padded to one of the sizes."""
+        return inputs.facts_5T.shape[1] in self.sizes and inputs.num_rows == len(inputs.spans)
 
     def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
         """The rows and hidden rows [T, D] of a step that was padded to one of the sizes, padding left out of these."""
@@ -139,22 +153,73 @@ class DecodeGraphs:
 
     def record_smallest(self) -> None:
         """Records the sizes that nearly every use wants, so that no request waits for them."""
-        for size in self._sizes:
+        for size in self.sizes:
             if size <= SMALLEST:
                 self.step(size)
 
     def step(self, num_rows: int) -> RecordedStep:
         """The recorded step of one of the sizes."""
         if num_rows not in self._recorded:
-            first = next(iter(self._recorded.values()), None)
             self._recorded[num_rows] = RecordedStep(
                 num_rows,
                 self._forward,
                 self._attention,
                 self._pool,
-                self.last_tokens,
+                self._last_tokens,
                 num_pages=self._num_pages,
                 device=self._device,
-                graph=self._new_graph(first.graph if first is not None else None),
+                graph=self._new_graph(),
             )
         return self._recorded[num_rows]
+
+
+class GraphMemory:
+    """Makes graphs that share one memory, since only one of them runs at a time."""
+
+    def __init__(self, new_graph: NewGraph) -> None:
+        self._new_graph = new_graph
+        self._first: DeviceGraph | None = None
+
+    def new(self) -> DeviceGraph:
+        graph = self._new_graph(self._first)
+        if self._first is None:
+            self._first = graph
+        return graph
+
+
+class StepGraphs:
+    """The recorded steps of a runner: those of single tokens whole, others in pieces, where there are such.
+
+    All of them share `last_tokens`, from which they take tokens that the host does not know yet.
+    """
+
+    def __init__(self, last_tokens: LastTokens, whole: DecodeGraphs | None, pieces: PiecedSteps | None) -> None:
+        self.last_tokens = last_tokens
+        self._whole = whole
+        self._pieces = pieces
+
+    def num_rows_for(self, plan: StepPlan) -> int | None:
+        """Rows of the smallest recorded step that can hold the plan, or None when none can."""
+        for steps in (self._whole, self._pieces):
+            num_rows = steps.num_rows_for(plan) if steps is not None else None
+            if num_rows is not None:
+                return num_rows
+        return None
+
+    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
+        """The rows and hidden rows [T, D] of a step padded to `num_rows_for`, padding left out of these."""
+        is_whole = self._whole is not None and self._whole.holds(inputs)
+        steps = self._whole if is_whole else self._pieces
+        assert steps is not None, "only steps that a graph can hold are padded"
+        return steps.compute(inputs)
+
+    def record_smallest(self) -> None:
+        """Records the steps of single tokens that nearly every use wants, so that no request waits for them."""
+        if self._whole is not None:
+            self._whole.record_smallest()
+
+    def record_largest(self) -> None:
+        """Records the largest step of each kind."""
+        for steps in (self._whole, self._pieces):
+            if steps is not None:
+                steps.step(steps.sizes[-1])

@@ -49,6 +49,11 @@ class StepRows:
         return self.facts_5T[4]
 
 
+def padding_rows(num_rows: int, device: torch.device) -> StepRows:
+    """Rows of nobody, in memory that later steps are written to."""
+    return StepRows(torch.tensor(PADDING, device=device).repeat(num_rows, 1).T.contiguous())
+
+
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """A step on the host: the facts of its rows, as StepRows has them, and its slices in the plan's order.

@@ -14,7 +14,7 @@ from lockstep.attention.backend import AttentionBackend
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.probe import Probe
 from lockstep.core.step import Landed, Pending, StepPlan, StepResult, TokenSlice
-from lockstep.executor.graphs import DecodeGraphs
+from lockstep.executor.graphs import StepGraphs
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, build_inputs
 from lockstep.executor.logprobs import ScoredTokens, score_prompt, score_tokens
@@ -49,7 +49,7 @@ class ModelRunner:
         hooks: Sequence[SamplerHook] = (),
         probe: Probe | None = None,
         governor: ThreadGovernor | None = None,
-        graphs: DecodeGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self._model = model
         self._pool = pool

@@ -6,7 +6,9 @@ Source: PyTorch, "Accelerator integration", the device module that a backend reg
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from lockstep.platforms.base import DeviceEvent, DeviceGraph, MemoryFacts, Platform
@@ -82,18 +84,54 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
         self._where: dict[str, Any] = {"pool": beside._graph.pool()} if isinstance(beside, CudaGraph) else {}
 
-    def capture(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def capture(self) -> Iterator[None]:
         """Records what is submitted inside, on a stream of its own, into memory of its own or of its neighbour.
 
         Results that are kept alive are not written over by the neighbours' work.
         """
         import torch
 
-        return torch.cuda.graph(self._graph, **self._where)
+        # torch.cuda.graph would also empty torch's caches, for each of a step's many pieces.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
+            self._graph.capture_begin(**self._where)
+            try:
+                yield
+            finally:
+                self._graph.capture_end()
 
     def replay(self) -> None:
         """Submits what was recorded to the current stream."""
         self._graph.replay()
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same memory, which is not kept from the neighbours' work."""
+        import torch
+
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        memory = torch.as_tensor(_Bytes(tensor.data_ptr(), (last + 1) * tensor.itemsize), device=tensor.device)
+        return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+class _Bytes:
+    """Device memory that somebody else owns, as NumPy's and CUDA's array interface describes it."""
+
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+@cache
+def _recording_stream(index: int) -> Any:
+    """One for all graphs of a device: memory is taken again by work on the same stream alone."""
+    import torch
+
+    return torch.cuda.Stream(index)
 
 
 def has_package(name: str) -> bool:

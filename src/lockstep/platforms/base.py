@@ -47,6 +47,13 @@ class DeviceGraph(Protocol):
         """Submits what was recorded."""
         ...
 
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the tensor lies in the graph's memory, which graphs that are recorded later may write over.
+
+        So its values are there from the replay that writes them to the next one that needs the memory.
+        """
+        ...
+
 
 class DeviceEvent(Protocol):
     """A place in the queue of a device."""

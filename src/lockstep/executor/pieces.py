@@ -1,0 +1,207 @@
+"""Steps as device graphs in pieces, cut at the attention of each layer, which runs as it was planned for the step.
+
+What comes between two layers' attention takes the same memory and the same kernels in each step of so many rows, and is
+most of what the host submits. Attention depends on who owns the rows, and its libraries plan that on the host. Rows
+that the pieces have and the step has not are padding. Shapes: T rows, D model, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
+from lockstep.core.errors import KernelError
+from lockstep.core.step import StepPlan
+from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, padding_rows
+from lockstep.kv.pool.pool import KVPool, LayerKV
+from lockstep.layers.build import ForwardContext
+from lockstep.platforms.base import DeviceGraph
+
+Forward = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
+
+MOST_ROWS = 4096
+"""Larger steps compute for longer than the host takes to submit them kernel by kernel."""
+
+_FINEST = 16
+
+
+def piece_sizes(most_rows: int) -> tuple[int, ...]:
+    """The sizes that pieces are recorded for, up to `most_rows`: eight for each doubling, at least 16 rows apart.
+
+    So that padding is at most an eighth of a step of more than 128 rows.
+    """
+    sizes, size = [], _FINEST
+    while size < most_rows:
+        sizes.append(size)
+        size += max(_FINEST, (1 << (size.bit_length() - 1)) // 8)
+    return (*sizes, most_rows)
+
+
+class _Standing(AttentionBackend):
+    """In the place of attention where only the layers around it count."""
+
+    def plan(
+        self, spans: Sequence[Span], *, page_size: int, windows: Sequence[int], device: torch.device
+    ) -> Any:
+        raise KernelError(f"{self.name} attends to nothing, so that no step can be planned for it")
+
+
+class _Absent(_Standing):
+    """Attention to nothing."""
+
+    name = "absent"
+
+    def run(self, plan: Any, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+        return torch.zeros_like(q_TNH)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attending:
+    """A layer's attention between two pieces: where the first left its queries and the second looks for the result."""
+
+    q_TNH: torch.Tensor
+    kv: LayerKV
+    spec: AttentionSpec
+    out_TNH: torch.Tensor
+
+
+class _Cutter(_Standing):
+    """Records what a model submits while it is entered; each layer's attention ends a piece and begins the next."""
+
+    name = "cut"
+
+    def __init__(self, new_graph: Callable[[], DeviceGraph]) -> None:
+        self.pieces: list[DeviceGraph] = []
+        self.attending: list[_Attending] = []
+        self._new_graph = new_graph
+        self._recording = ExitStack()
+
+    def __enter__(self) -> _Cutter:
+        self._begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._recording.close()
+
+    def run(self, plan: Any, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+        self._recording.close()
+        piece = self.pieces[-1]
+        self._begin()
+        # Queries are alive here, so that the result lies elsewhere. Once recorded, both may be written over by pieces
+        # after those that need them, in this step and in steps of other sizes.
+        out_TNH = torch.empty_like(q_TNH)
+        self.attending.append(_Attending(piece.place(q_TNH), kv, spec, piece.place(out_TNH)))
+        return out_TNH
+
+    def _begin(self) -> None:
+        self.pieces.append(self._new_graph())
+        self._recording.enter_context(self.pieces[-1].capture())
+
+
+class PiecedStep:
+    """A step of `num_rows` rows in memory of its own: filled, then computed, as often as wanted."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        forward: Forward,
+        pool: KVPool,
+        last_tokens: LastTokens,
+        *,
+        device: torch.device,
+        new_graph: Callable[[], DeviceGraph],
+    ) -> None:
+        self.rows = padding_rows(num_rows, device)
+        self._forward = forward
+        self._pool = pool
+        self._last_tokens = last_tokens
+        # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
+        self.run(_Absent(), None)
+        with _Cutter(new_graph) as cutter:
+            hidden_TD = self.run(cutter, None)
+        self._pieces, self._attending = cutter.pieces, cutter.attending
+        self._hidden_TD = self._pieces[-1].place(hidden_TD)
+
+    def fill(self, inputs: StepInputs) -> None:
+        """Copies a step of `num_rows` rows, padding included, to where the pieces read it."""
+        self.rows.facts_5T.copy_(inputs.spans.stage(inputs.facts_5T), non_blocking=True)
+
+    def run(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
+        """Hidden rows [T, D] of what was filled in, without graphs."""
+        context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, plan, self._pool)
+        return self._forward(context, self._last_tokens.resolve(self.rows))
+
+    def replay(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
+        """Hidden rows [T, D] of what was filled in, by the pieces; valid until the next replay of any graph."""
+        first, *others = self._pieces
+        first.replay()
+        for at, piece in zip(self._attending, others, strict=True):
+            attention.run_into(plan, at.q_TNH, at.kv, at.spec, at.out_TNH)
+            piece.replay()
+        return self._hidden_TD
+
+
+class PiecedSteps:
+    """Pieces for steps of up to `most_rows` rows, each size recorded when it is first wanted.
+
+    `takes_single`: steps of single tokens are computed so; `takes_longer`: those with longer spans are.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        attention: AttentionBackend,
+        pool: KVPool,
+        last_tokens: LastTokens,
+        *,
+        most_rows: int,
+        windows: Sequence[int],
+        device: torch.device,
+        new_graph: Callable[[], DeviceGraph],
+        takes_single: bool = True,
+        takes_longer: bool = True,
+    ) -> None:
+        self._takes = {True: takes_single, False: takes_longer}
+        self._forward = forward
+        self._attention = attention
+        self._pool = pool
+        self._last_tokens = last_tokens
+        self._windows = tuple(windows)
+        self._device = device
+        self._new_graph = new_graph
+        self._recorded: dict[int, PiecedStep] = {}
+        self.sizes = piece_sizes(most_rows)
+
+    def num_rows_for(self, plan: StepPlan) -> int | None:
+        """Rows of the smallest size that can hold the plan, or None when none can."""
+        num_rows = sum(piece.num_tokens for piece in plan.slices)
+        if not self._takes[num_rows == len(plan.slices)]:
+            return None
+        return next((size for size in self.sizes if size >= num_rows), None)
+
+    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
+        """The rows and hidden rows [T, D] of a step that was padded to one of the sizes, padding left out of these."""
+        step = self.step(inputs.facts_5T.shape[1])
+        step.fill(inputs)
+        plan = self._attention.plan(
+            inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
+        )
+        return step.rows, step.replay(self._attention, plan)[: inputs.num_rows]
+
+    def step(self, num_rows: int) -> PiecedStep:
+        """The recorded step of one of the sizes."""
+        if num_rows not in self._recorded:
+            self._recorded[num_rows] = PiecedStep(
+                num_rows,
+                self._forward,
+                self._pool,
+                self._last_tokens,
+                device=self._device,
+                new_graph=self._new_graph,
+            )
+        return self._recorded[num_rows]

@@ -1,0 +1,127 @@
+"""Steps in pieces between attention: sizes, any mix of spans, the bits of the same step without graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from taped_engine import MOST_PIECED_ROWS, MOST_ROWS, Engine, decode_plan, layout_named, plans
+from tiny_models import PAGE_SIZE
+
+from lockstep.core.step import StepPlan
+from lockstep.executor.inputs import StepInputs, build_inputs
+from lockstep.executor.pieces import piece_sizes
+from lockstep.executor.sequences import SequenceTable
+
+pytestmark = pytest.mark.suite("cpu", seconds=8)
+
+NAMES = ("llama", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def mixed_script() -> list[StepPlan]:
+    """Six prompts; single tokens, among which a further prompt comes, and sequences that end."""
+    script = plans({0: 3, 1: 9, 2: 1, 3: 4, 4: 12, 5: 2}, [4, 0, 2, 5, 1], 12)
+    late = plans({6: 5}, [], 0)[0]
+    script[5] = StepPlan(5, late.started, script[5].ended, (*script[5].slices, *late.slices))
+    assert [piece.num_tokens for piece in script[5].slices] == [1, 1, 1, 1, 5], "one step with both"
+    return script
+
+
+def test_sizes_are_few_and_padding_is_small() -> None:
+    for most in (1, 16, 17, 100, 128, 1000, 4096):
+        sizes = piece_sizes(most)
+        assert list(sizes) == sorted(set(sizes)) and sizes[-1] == most and len(sizes) <= 49
+        for rows in range(1, most + 1):
+            size = next(size for size in sizes if size >= rows)
+            assert size - rows < max(16, rows / 8 + 1), (most, rows, size)
+
+
+@pytest.mark.parametrize("with_graphs", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_runner_with_pieces_answers_like_one_without(name: str, with_graphs: bool) -> None:
+    """With graphs of single tokens beside them, and without."""
+    layout = layout_named(name)
+    eager, pieced = Engine(layout), Engine(layout, with_pieces=True, with_graphs=with_graphs)
+    for plan in mixed_script():
+        wanted, found = eager.runner.execute(plan), pieced.runner.execute(plan)
+        for one, other in zip(found.sequences, wanted.sequences, strict=True):
+            assert one.token_ids == other.token_ids and one.error is None
+            if one.token_ids:
+                assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=1e-5)
+    for kept, twin in zip(pieced.pool.layers, eager.pool.layers, strict=True):
+        torch.testing.assert_close(kept.k_NPSH, twin.k_NPSH, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept.v_NPSH, twin.v_NPSH, atol=1e-5, rtol=1e-5)
+    first, *others = pieced.made
+    assert first.beside is None and all(graph.beside is first for graph in others), "one memory for all"
+    num_layers = len(pieced.pool.layers)
+    replays = sum(graph.num_replays for graph in pieced.made)
+    num_pieced = 2 if with_graphs else len(mixed_script())
+    assert replays == num_pieced * (num_layers + 1) + (len(mixed_script()) - num_pieced)
+
+
+def filled(engine: Engine, plan: StepPlan, sequences: SequenceTable) -> StepInputs:
+    num_rows = engine.pieces.num_rows_for(plan)
+    assert num_rows is not None
+    return build_inputs(plan, sequences, PAGE_SIZE, num_rows=num_rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str) -> None:
+    """Each step of a script in turn over the same memory: what the host knew while recording must not come back."""
+    engine, sequences = Engine(layout_named(name)), SequenceTable(MOST_ROWS + 1)
+    seen = []
+    with torch.inference_mode():
+        for plan in mixed_script():
+            sequences.apply(plan)
+            inputs = filled(engine, plan, sequences)
+            rows, hidden_TD = engine.pieces.compute(inputs)
+            assert len(hidden_TD) == inputs.num_rows and hidden_TD.isfinite().all()
+            replayed = hidden_TD.clone()
+            step = engine.pieces.step(len(rows.token_ids_T))
+            planned = engine.attention.plan(
+                inputs.spans, page_size=PAGE_SIZE, windows=engine.build.windows, device=torch.device("cpu")
+            )
+            assert torch.equal(step.run(engine.attention, planned)[: inputs.num_rows], replayed)
+            assert not any(torch.equal(replayed[:1], other) for other in seen)
+            seen.append(replayed[:1])
+            engine.runner.execute(plan)
+
+
+def test_padding_is_stored_nowhere() -> None:
+    engine = Engine(layout_named("llama"))
+    with torch.inference_mode():
+        for num_rows in engine.pieces.sizes:
+            step = engine.pieces.step(num_rows)
+            nothing = build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows)
+            assert len(engine.pieces.compute(nothing)[1]) == 0
+            assert step.rows.slots_T.eq(-1).all()
+    assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
+
+
+def test_steps_that_no_pieces_hold() -> None:
+    pieces = Engine(layout_named("llama")).pieces
+    longer, single = plans({0: MOST_PIECED_ROWS}, [], 0)[0], decode_plan(0, {0: 3})
+    assert pieces.num_rows_for(longer) == MOST_PIECED_ROWS and pieces.num_rows_for(single) == 16
+    assert pieces.num_rows_for(plans({0: MOST_PIECED_ROWS, 1: 1}, [], 0)[0]) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_hold_the_bound_kernels_and_no_others(name: str) -> None:
+    """Recording calls each site's bound kernel just as an eager step does; replaying calls attention alone."""
+    engine, sequences = Engine(layout_named(name)), SequenceTable(MOST_ROWS)
+    calls, plan = engine.selector.calls, plans({0: 3}, [], 0)[0]
+    sequences.apply(plan)
+    with torch.inference_mode():
+        inputs = filled(engine, plan, sequences)
+        engine.pieces.compute(inputs)
+        warm_up, recorded = calls[: len(calls) // 2], calls[len(calls) // 2 :]
+        assert recorded == warm_up
+        calls.clear()
+        engine.pieces.compute(inputs)
+    assert not calls, "attention is not bound by this selector"
+    sites = {(each.op, each.where) for each in engine.selector.bindings if "(head)" not in each.where}
+    assert set(recorded) == sites
