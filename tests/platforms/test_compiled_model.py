@@ -30,7 +30,7 @@ from lockstep.platforms.registry import load_platform
 
 pytestmark = pytest.mark.suite("cpu", seconds=60)
 
-PAGE_SIZE, NUM_TOKENS = 4, 6
+PAGE_SIZE, NUM_PAGES, NUM_TOKENS = 4, 2, 6
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -57,7 +57,7 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Built:
-    """A model whose every operator is bound, and the scores of a prompt of NUM_TOKENS in two pages of an empty pool."""
+    """A model whose every operator is bound, and the scores of a prompt of NUM_TOKENS in an empty pool of NUM_PAGES."""
 
     model: DecoderModel
     build: Build
@@ -87,14 +87,14 @@ class Built:
         device = self.build.device
         pool = KVPool(
             tuple(self.build.kv_layers),
-            num_pages=2,
+            num_pages=NUM_PAGES,
             page_size=PAGE_SIZE,
             dtype=self.build.kv_dtype,
             allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device),
         )
         rows, spans = torch.arange(NUM_TOKENS, device=device), [Span(0, NUM_TOKENS, [1, 0])]
         plan = self.attention.plan(spans, page_size=PAGE_SIZE, windows=self.build.windows, device=device)
-        slots = (rows + PAGE_SIZE) % (2 * PAGE_SIZE)
+        slots = (rows + PAGE_SIZE) % (NUM_PAGES * PAGE_SIZE)
         return forward(ForwardContext(rows, slots, self.attention, plan, pool), rows).cpu()
 
     def forward(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
@@ -106,9 +106,15 @@ class Built:
 @pytest.mark.parametrize("platform", ["cpu", "sim"])
 def test_a_model_compiles_in_one_piece(platform: str, name: str, dtype: torch.dtype) -> None:
     graphs: list[torch.fx.GraphModule] = []
+    num_layers = SIZES["num_hidden_layers"]
+    of_a_layer = (SIZES["num_key_value_heads"], NUM_PAGES, PAGE_SIZE, SIZES["head_dim"])
 
     def backend(module: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
         graphs.append(module)
+        # Of two inputs in one storage, a compiler copies one that is written: all keys or values of a layer, each step.
+        tensors = (each for each in examples if isinstance(each, torch.Tensor))
+        layers = [each.shape for each in tensors if each.shape[-4:] == of_a_layer]
+        assert layers == [(2 * num_layers, *of_a_layer)]
         return aot_eager(module, examples)
 
     torch._dynamo.reset()

@@ -59,7 +59,7 @@ class Attention:
         self._point = build.point(where, ("token", "head", "head_dim"), "sharded:tp:1")
 
     def __call__(self, ctx: ForwardContext, q_TNH: torch.Tensor) -> torch.Tensor:
-        out_TNH = ctx.attention.run(ctx.plan, q_TNH, ctx.kv.layers[self.layer], self.spec)
+        out_TNH = ctx.attention.run(ctx.plan, q_TNH, ctx.kv.layer(self.layer), self.spec)
         if self._point is not None:
             self._point(out_TNH)
         return out_TNH
@@ -132,7 +132,7 @@ class SelfAttention:
         qkv, residual_TD = self._qkv(update, residual_TD)
         packed = expect_sharded(qkv, self._axis, self.where)
         heads_TAH = packed.view(packed.shape[0], -1, self._head_dim)
-        kv = ctx.kv.layers[self._attention.layer]
+        kv = ctx.kv.layer(self._attention.layer)
         out_TNH = self._attention(ctx, self._new_heads(heads_TAH, cos_sin, kv, ctx.slots_T))
         merged = out_TNH.flatten(1).to(self._dtype)
         return self._out(Sharded(merged, self._axis, -1, self.where)), residual_TD

@@ -65,8 +65,18 @@ class KVPool:
                 "device does not have it; lower --max-total-tokens, --mem-fraction-static or --context-length"
             ) from error
         self.stacks = tuple(stacks.values())
-        tensors = {shape: iter(stack.unbind()) for shape, stack in stacks.items()}
-        self.layers = tuple(LayerKV(next(tensors[shape]), next(tensors[shape])) for shape in layers)
+        places = {shape: iter(range(0, 2 * layers.count(shape), 2)) for shape in stacks}
+        self._places = tuple((stacks[shape], next(places[shape])) for shape in layers)
+        self.layers = tuple(LayerKV(stack[at], stack[at + 1]) for stack, at in self._places)
+
+    def layer(self, number: int) -> LayerKV:
+        """Keys and values of a layer, as a forward is to reach them."""
+        if not torch.compiler.is_compiling():
+            return self.layers[number]
+        # Two inputs in one storage that are both written: of one, a compiler makes a copy each step, and Inductor of
+        # PyTorch 2.11 copies what lies elsewhere. Parts of one input are written where they are.
+        stack, at = self._places[number]
+        return LayerKV(stack[at], stack[at + 1])
 
     def _allocate(
         self,
