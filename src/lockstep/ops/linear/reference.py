@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+_ALIGNED = 8
+"""Inputs that 16 bytes hold in 16 bits. With rows of another length and a bias, cuBLAS takes kernels that round the
+product before they add: up to 150 times the accepted error on an H100, 0.98 of it with zeros appended."""
+
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight^T + bias; sums in float32 or wider, one rounding to the dtype of x."""
-    if bias_O is not None and x_TI.shape[0] == 1:
-        # One row of float16 and a bias were rounded more than once by cuBLAS on an H100, two are not. In bfloat16 some
-        # sizes still are: see docs/performance.md.
-        return torch.nn.functional.linear(x_TI.expand(2, -1), weight_OI, bias_O)[:1]
+    odd = -x_TI.shape[1] % _ALIGNED
+    if odd and bias_O is not None and x_TI.itemsize == 2:
+        x_TI, weight_OI = (torch.nn.functional.pad(each, (0, odd)) for each in (x_TI, weight_OI))
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
