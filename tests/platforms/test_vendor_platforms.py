@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -135,26 +136,48 @@ def test_rocm_repeats_what_torch_says_of_streams_bfloat16_and_collectives(
     assert stated.collective_backend == ("nccl" if says else None)
 
 
-def test_a_graph_of_cuda_is_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
+def test_graphs_of_cuda_are_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each into memory of its own or of its neighbour, on one stream for all, and ended when recording fails."""
+    calls: list[Any] = []
 
     class Recorded:
+        def pool(self) -> str:
+            return "its pool"
+
+        def capture_begin(self, **where: Any) -> None:
+            calls.append(("begin", where))
+
+        def capture_end(self) -> None:
+            calls.append("end")
+
         def replay(self) -> None:
             calls.append("replay")
 
     @contextmanager
-    def capture(graph: Recorded) -> Iterator[None]:
-        calls.append(f"begin {type(graph).__name__}")
+    def on(stream: object) -> Iterator[None]:
+        streams.append(stream)
         yield
-        calls.append("end")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    graph = load_platform("cuda").new_graph()
-    with graph.capture():
+    streams: list[object] = []
+    for name, double in {
+        "CUDAGraph": Recorded,
+        "synchronize": lambda: calls.append("synchronize"),
+        "current_device": lambda: 0,
+        "Stream": lambda index: object(),
+        "stream": on,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, double)
+    platform = load_platform("cuda")
+    first = platform.new_graph()
+    with first.capture():
         calls.append("work")
-    graph.replay()
-    assert calls == ["begin Recorded", "work", "end", "replay"]
+    second = platform.new_graph(first)
+    with pytest.raises(ZeroDivisionError), second.capture():
+        raise ZeroDivisionError
+    first.replay()
+    alone, beside = ("begin", {}), ("begin", {"pool": "its pool"})
+    assert calls == ["synchronize", alone, "work", "end", "synchronize", beside, "end", "replay"]
+    assert len(streams) == 2 and len(set(streams)) == 1
 
 
 def test_musa_states_what_the_extension_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,12 +215,16 @@ def bind_attention(
 
 
 def bind_sampling(build: Build, vocab_size: int) -> SamplingKernels:
-    """The kernels that choose tokens from float32 scores."""
-    argmax, sample = (
-        build.bind(op, "sampler", dtype=torch.float32, vocab_size=vocab_size).kernel
-        for op in ("argmax", "top_k_top_p_sample")
+    """The kernels that choose tokens from float32 scores, and from those that stay as the model rounds them."""
+    argmax, sample, bare_argmax = (
+        build.bind(op, where, dtype=dtype, vocab_size=vocab_size).kernel
+        for op, where, dtype in (
+            ("argmax", "sampler", torch.float32),
+            ("top_k_top_p_sample", "sampler", torch.float32),
+            ("argmax", "sampler, bare scores", build.dtype),
+        )
     )
-    return SamplingKernels(argmax, sample)
+    return SamplingKernels(argmax, sample, bare_argmax)
 
 
 class _GovernedWeights:

@@ -17,7 +17,7 @@ from lockstep.engine.loading import LoadedModel
 from lockstep.executor.graphs import DecodeGraphs, GraphMemory, StepGraphs, why_no_graphs, why_no_pieces
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import LastTokens
-from lockstep.executor.pieces import MOST_ROWS, PiecedSteps
+from lockstep.executor.pieces import PiecedSteps, most_pieced_rows
 from lockstep.executor.runner import ModelRunner
 from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.host_pool import HostPool
@@ -112,7 +112,7 @@ class Runners:
                 attention,
                 pool,
                 last_tokens,
-                most_rows=min(MOST_ROWS, max(most_requests, self._config.scheduler.chunked_prefill_size)),
+                most_rows=self._most_pieced_rows(),
                 windows=self._loaded.build.windows,
                 takes_single=self.graph_use.decode == "piecewise",
                 takes_longer=self.graph_use.extend == "piecewise",
@@ -120,6 +120,11 @@ class Runners:
                 new_graph=memory.new,
             )
         return StepGraphs(last_tokens, whole, pieces)
+
+    def _most_pieced_rows(self) -> int:
+        limits, weight_bytes = self._config.scheduler, self._loaded.build.weight_bytes
+        largest = max(limits.max_running_requests, limits.chunked_prefill_size)
+        return min(most_pieced_rows(weight_bytes), largest)
 
     def _runner(self, pool: KVPool, hooks: Sequence[SamplerHook], graphs: StepGraphs | None) -> ModelRunner:
         loaded = self._loaded

@@ -75,6 +75,10 @@ class ScoreEdits:
         if wishes is not None and wishes.tally is not None:
             self._tallies.end(wishes.tally)
 
+    def any(self, slot_R: np.ndarray, position_R: np.ndarray) -> bool:
+        """True when `apply` would change the scores of one of these."""
+        return bool((position_R < self._edited_until_S[slot_R]).any())
+
     def apply(self, logits_RV: torch.Tensor, slot_R: np.ndarray, position_R: np.ndarray) -> None:
         """Edits the scores of the tokens at these positions of these sequences, in place."""
         rows = np.nonzero(position_R < self._edited_until_S[slot_R])[0].tolist()

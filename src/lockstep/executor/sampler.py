@@ -27,10 +27,14 @@ _ALIGNED = 16
 
 @dataclass(frozen=True, slots=True)
 class SamplingKernels:
-    """Kernels of the operators argmax and top_k_top_p_sample. Left out, those of torch, which run anywhere."""
+    """Kernels of the operators argmax and top_k_top_p_sample. Left out, those of torch, which run anywhere.
+
+    `bare_argmax` serves scores that nobody edits, in the dtype that the model gives them in.
+    """
 
     argmax: Kernel = STOCK_ARGMAX[0]
     sample: Kernel = STOCK_SAMPLE[0]
+    bare_argmax: Kernel = STOCK_ARGMAX[0]
 
 
 STOCK = SamplingKernels()
@@ -95,13 +99,17 @@ class Sampler:
         self._edits.end(slot)
 
     def choose(self, logits_RV: torch.Tensor, sampling: Sampling) -> Chosen:
-        """One token a row, in stream order. May overwrite `logits_RV` (float32)."""
+        """One token a row, in stream order. May overwrite `logits_RV`; all but a bare greedy choice is in float32."""
+        hooks = [hook for hook in self._hooks if hook.active(sampling.seq_ids)]
+        draws = self._draws_S[sampling.slot_R].any()
+        if hooks or draws or self._edits.any(sampling.slot_R, sampling.position_R):
+            logits_RV = logits_RV.float()
+        argmax = self._kernels.argmax if logits_RV.dtype == torch.float32 else self._kernels.bare_argmax
         self._edits.apply(logits_RV, sampling.slot_R, sampling.position_R)
-        for hook in self._hooks:
-            if hook.active(sampling.seq_ids):
-                hook.mask(sampling.seq_ids, logits_RV)
-        best_R, token_ids_R = self._kernels.argmax.function(logits_RV)
-        if self._draws_S[sampling.slot_R].any():
+        for hook in hooks:
+            hook.mask(sampling.seq_ids, logits_RV)
+        best_R, token_ids_R = argmax.function(logits_RV)
+        if draws:
             token_ids_R = self._draw(logits_RV, sampling, token_ids_R)
         self._edits.count(sampling.slot_R, token_ids_R)
         return Chosen(token_ids_R, best_R)

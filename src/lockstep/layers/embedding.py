@@ -110,7 +110,10 @@ class VocabEmbedding:
 
 
 class LMHead:
-    """Hidden rows to float32 logits over the whole vocabulary, the same on every rank. `soft_cap` as in Gemma 2."""
+    """Hidden rows to logits over the whole vocabulary, the same on every rank. `soft_cap` as in Gemma 2, in float32.
+
+    Logits without one stay in the dtype that the product rounds to: the best of them can be found as they are.
+    """
 
     def __init__(
         self, build: Build, name: str, vocab_size: int, width: int, *, soft_cap: float = 0.0, axis: Axis = TP
@@ -125,9 +128,9 @@ class LMHead:
 
     def __call__(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         local = Sharded(self._score(expect_whole(hidden_RD, self.where)), self._axis, -1, self.where)
-        logits_RV = gather(local, self._mesh, size=self.vocab_size).float()
+        logits_RV = gather(local, self._mesh, size=self.vocab_size)
         if self.soft_cap:
-            logits_RV = self.soft_cap * torch.tanh(logits_RV / self.soft_cap)
+            logits_RV = self.soft_cap * torch.tanh(logits_RV.float() / self.soft_cap)
         if self._point is not None:
             self._point(logits_RV)
         return logits_RV

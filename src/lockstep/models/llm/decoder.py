@@ -102,7 +102,7 @@ class DecoderModel(ABC):
         raise KernelError(f"{type(self).__name__} has parts that no outline of a decoder describes")
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """float32 scores [R, V], the same on every rank."""
+        """Scores [R, V], the same on every rank, in float32 or in the dtype that their product rounds to."""
         return self.head(hidden_RD)
 
 

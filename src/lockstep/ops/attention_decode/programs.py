@@ -5,14 +5,15 @@ M query heads of one KV head, L keys, J parts of a sequence's keys.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from lockstep.ops.attention_extend.programs import LOG2_E, see_keys
-from lockstep.ops.attention_extend.tiles import decode_tile, num_splits, power_of_two
+from lockstep.ops.attention_extend.programs import LOG2_E, pages_of, see_keys
+from lockstep.ops.attention_extend.tiles import WHOLE_WARPS, decode_tile, num_splits, power_of_two
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 
 
@@ -96,7 +97,11 @@ def _decode(
     k_ptr += kv_head.to(tl.int64) * k_strides[0]
     v_ptr += kv_head.to(tl.int64) * v_strides[0]
     table_ptr += row * table_stride
+    next_page_L = pages_of(keys_from, keys_end, table_ptr, PAGE_SIZE, BLOCK_L, True)
     for first_key in range(keys_from, keys_end, BLOCK_L):
+        # Pages are known a turn ahead, so that keys need not wait for them.
+        page_L = next_page_L
+        next_page_L = pages_of(first_key + BLOCK_L, keys_end, table_ptr, PAGE_SIZE, BLOCK_L, True)
         acc_MH, top_M, total_M = see_keys(
             acc_MH,
             top_M,
@@ -104,7 +109,7 @@ def _decode(
             q_MH,
             k_ptr,
             v_ptr,
-            table_ptr,
+            page_L,
             first_key,
             position_M,
             keys_end,
@@ -200,6 +205,8 @@ def decode(
     tile = decode_tile(group, head_dim, q_BNH.itemsize)
     num_head_programs = num_kv_heads * -(-group // tile.rows)
     num_parts = num_splits(batch * num_head_programs, page_table_BP.shape[1] * page_size, tile.keys)
+    if num_parts == 1:
+        tile = replace(tile, num_warps=max(tile.num_warps, WHOLE_WARPS))
     part_BNJH = weight_BNJ = None
     if num_parts > 1:
         part_BNJH = q_BNH.new_empty((batch, num_heads, num_parts, head_dim), dtype=torch.float32)

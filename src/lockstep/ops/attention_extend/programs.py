@@ -18,6 +18,24 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def pages_of(
+    first_key: tl.tensor,
+    num_keys: tl.tensor,
+    table_ptr: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> Any:
+    """The page of each key from `first_key` on; with MASKED, page 0 for those that the sequence has not."""
+    key_L = first_key + tl.arange(0, BLOCK_L)
+    if MASKED:
+        page_L = tl.load(table_ptr + key_L // PAGE_SIZE, mask=key_L < num_keys, other=0)
+    else:
+        page_L = tl.load(table_ptr + key_L // PAGE_SIZE)
+    return page_L.to(tl.int64)
+
+
+@triton.jit
 def see_keys(
     acc_MH: tl.tensor,
     top_M: tl.tensor,
@@ -25,7 +43,7 @@ def see_keys(
     q_MH: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
-    table_ptr: tl.tensor,
+    page_L: tl.tensor,
     first_key: tl.tensor,
     position_M: tl.tensor,
     num_keys: tl.tensor,
@@ -44,14 +62,11 @@ def see_keys(
 ) -> Any:
     """(acc, top, total) of a running softmax after keys first_key .. first_key + BLOCK_L of one KV head.
 
-    acc: weighted sum of values; top: largest score; total: sum of weights. Unless MASKED, every row sees every key.
+    `page_L` are these keys' pages. acc: weighted sum of values; top: largest score; total: sum of weights. Unless
+    MASKED, every row sees every key.
     """
     key_L = first_key + tl.arange(0, BLOCK_L)
     h = tl.arange(0, BLOCK_H)
-    if MASKED:
-        page_L = tl.load(table_ptr + key_L // PAGE_SIZE, mask=key_L < num_keys, other=0).to(tl.int64)
-    else:
-        page_L = tl.load(table_ptr + key_L // PAGE_SIZE).to(tl.int64)
     slot_L = key_L % PAGE_SIZE
     k_HL = k_ptr + (page_L * k_strides[1] + slot_L * k_strides[2])[None, :] + h[:, None]
     v_LH = v_ptr + (page_L * v_strides[1] + slot_L * v_strides[2])[:, None] + h[None, :]
@@ -192,7 +207,7 @@ def _extend(
                 q_MH,
                 k_ptr,
                 v_ptr,
-                table_ptr,
+                pages_of(first_key, num_keys, table_ptr, PAGE_SIZE, BLOCK_L, MASKED),
                 first_key,
                 position_M,
                 num_keys,

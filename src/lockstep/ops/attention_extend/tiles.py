@@ -69,6 +69,9 @@ def decode_tile(group: int, head_dim: int, itemsize: int) -> Tile:
     return replace(tile, rows=min(tile.rows, power_of_two(group)), keys=keys)
 
 
+WHOLE_WARPS = 4
+"""Warps of a decoding program that sees all keys of its sequence: 1 to 2 % faster than two on 250 long ones."""
+
 ENOUGH_PROGRAMS = 512
 MOST_SPLITS = 128
 
