@@ -49,12 +49,15 @@ def environment_python(peer: str, cache: Path) -> Path:
 
 
 def prepare_environment(peer: str, cache: Path) -> None:
-    """Makes or completes the environment of a peer; nothing to do when the wanted version is there.
+    """Makes or completes the environment of a peer. Raises as `install` does."""
+    install(DISTRIBUTIONS[peer], cache / peer)
+
+
+def install(wanted: Distribution, folder: Path) -> None:
+    """Makes or completes a virtual environment; nothing to do when the wanted version is there.
 
     Raises ConfigError when pip fails; its own words are on stderr then.
     """
-    wanted = DISTRIBUTIONS[peer]
-    folder = cache / peer
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)

@@ -1,20 +1,28 @@
-"""Lockstep in this process, fed token ids, started again when a test broke it."""
+"""Lockstep in this process, fed token ids, and a limit on what it may take."""
 
 from __future__ import annotations
 
 import gc
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from lockstep import LLM, SamplingParams
 from lockstep.bench.workload import Job
 from lockstep.core.errors import LockstepError
+from lockstep.core.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from lockstep import LLM
+
+HUNG_GRACE_S = 20.0
+HUNG_EXIT_CODE = 70
+"""Of a process that ended itself: a device that never answers cannot be interrupted."""
 
 
 class OutOfTime(LockstepError):
@@ -48,7 +56,7 @@ class InProcess:
 
     def generate(self, jobs: Sequence[Job], temperature: float = 0.0) -> float:
         """Raises LockstepError when not every token came."""
-        prompts = [list(job.prompt) for job in jobs]
+        prompts = [job.prompt if isinstance(job.prompt, str) else list(job.prompt) for job in jobs]
         params = [
             SamplingParams(temperature=temperature, max_tokens=job.max_tokens, ignore_eos=True) for job in jobs
         ]
@@ -82,16 +90,20 @@ def _empty_device_cache() -> None:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the main thread when what is inside takes longer."""
+    """Raises OutOfTime in the main thread when what is inside takes longer; ends the process where that is no help."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise OutOfTime(f"it took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    last_resort = threading.Timer(seconds + HUNG_GRACE_S, os._exit, [HUNG_EXIT_CODE])
+    last_resort.daemon = True
+    last_resort.start()
     try:
         yield
     finally:
+        last_resort.cancel()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lockstep.bench.report import shown
-from peers.tables import table
+from peers.markdown import table
 
 Result = Mapping[str, Any]
 """What one run wrote: engine, engine_version, model, startup, tests."""
@@ -15,7 +15,7 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a kind of test."""
+    """One figure of a kind of test. `key` names it; a dot leads into what a test lists under a name."""
 
     key: str
     title: str
@@ -46,15 +46,40 @@ FIGURES = {
         Figure("median_s", "s, cache empty", False),
         Figure("primed_median_s", "s, prefix cached", False),
     ),
+    "serving": (
+        Figure("ttft_ms.median", "ms to the first token, p50", False),
+        Figure("ttft_ms.p99", "ms to the first token, p99", False),
+        Figure("itl_ms.median", "ms between tokens, p50", False),
+        Figure("itl_ms.p99", "ms between tokens, p99", False),
+        Figure("output_tokens_per_s", "output tokens/s", True),
+    ),
 }
 START = Figure("process_start_to_first_token_s", "s to the first token", False)
+
+
+def figure_of(test: Mapping[str, Any], key: str) -> float | None:
+    """A test's figure, None where it has none."""
+    found: Any = test
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, (int, float)) else None
+
+
+def merged(results: Sequence[Result]) -> list[Result]:
+    """Results of the same engine, model and tag as one: all of their tests, and the rest of the first."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for result in results:
+        key = (result["engine"], result["model"], result.get("tag", ""))
+        kept = found.setdefault(key, {**result, "tests": {}})
+        kept["tests"].update(result["tests"])
+    return list(found.values())
 
 
 def markdown(own: Sequence[Result], peers: Sequence[Result]) -> str:
     """A section for each model that we ran, beside every result of a peer for it."""
     sections = []
-    for result in own:
-        rivals = [peer for peer in peers if peer["model"] == result["model"]]
+    for result in merged(own):
+        rivals = [peer for peer in merged(peers) if peer["model"] == result["model"]]
         sections += [_section(result, rival) for rival in rivals] or [_section(result, None)]
     return "\n\n".join(sections)
 
@@ -82,13 +107,16 @@ def _test(name: str, own: Result, peer: Result | None) -> list[list[str]]:
         return [[name, "", "", str(own.get("error", own.get("skipped"))), ""]]
     if peer is not None and ("error" in peer or "skipped" in peer):
         peer = None
-    if peer is not None and peer["digest"] != own["digest"]:
+    # A peer's client that loaded both servers notes no checksum: its requests are its own.
+    if peer is not None and peer.get("digest") != own.get("digest"):
         return [[name, "", "", "not the same requests: the digests differ", ""]]
-    return [_row(name, figure, own, peer or {}) for figure in FIGURES[own["kind"]] if figure.key in own]
+    has = [figure for figure in FIGURES[own["kind"]] if figure_of(own, figure.key) is not None]
+    return [_row(name, figure, own, peer or {}) for figure in has]
 
 
 def _row(name: str, figure: Figure, own: Result, peer: Result) -> list[str]:
-    value, other = own[figure.key], peer.get(figure.key)
+    value, other = figure_of(own, figure.key), figure_of(peer, figure.key)
+    assert value is not None
     if not other:
         return [name, figure.title, "", figure.shown(value), ""]
     advantage = figure.advantage(value, other)

@@ -10,6 +10,7 @@ from typing import Any
 from lockstep.bench.figures import Spread
 from lockstep.bench.report import shown
 from peers.files import SMALL
+from peers.markdown import table
 from peers.rows import COMMAND, ROWS, SERVER
 from peers.visits import CONCURRENT, DECODE, FIRST_TOKEN, MEMORY, START, Visit
 
@@ -189,12 +190,6 @@ def _notes(results: Results) -> str:
         ),
     ]
     return "\n".join(f"- {line}" for line in lines)
-
-
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown, the first line as head."""
-    rule = ["---"] * len(lines[0])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
 def _cell(spread: Spread | None) -> str:

@@ -23,3 +23,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(sampling, name)
     raise AttributeError(f"module 'lockstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # What is imported lazily must be found by those who look around, such as a prompt that completes names.
+    return sorted(__all__)

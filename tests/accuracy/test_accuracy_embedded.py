@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from embedded_reference import embedded_model, embedded_weights, greedy_answer, next_token_logits
+from embedded_reference import embedded_model, embedded_weights
+from greedy_answers import (
+    FACTS,
+    NUM_SIMPLE,
+    continuations,
+    facts_answered,
+    facts_by_reference,
+    first_difference,
+    is_right,
+)
 from transformers import LlamaForCausalLM
 
-from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM
 from lockstep.formats import embedded_model_path, open_model
 from lockstep.models.loading.weights import FileWeights
 
 pytestmark = pytest.mark.suite("cpu")
 
-FACTS = json.loads((Path(__file__).parent / "facts.json").read_text(encoding="utf-8"))
-NUM_SIMPLE = 20
-NUM_TOKENS = 64
-ANSWER_TOKENS = 24
 LARGEST_GAP = 0.05
 LARGEST_GAP_OF_8_BITS = 0.6
 """The spread of a logit's error is about 0.1 there, that of a difference 0.15: four of them."""
-PROMPTS = (
-    "The quick brown fox",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):\n",
-    "The three laws of thermodynamics state that",
-    "To bake a loaf of bread, first",
-    "In 1969, the first people",
-    "Q: Why is the sky blue?\nA:",
-    "Zürich, Kraków and Malmö are",
-)
 
 
 @pytest.fixture(scope="module")
@@ -67,38 +58,22 @@ def test_the_weights_are_those_that_the_gguf_package_reads() -> None:
 def test_greedy_text_is_that_of_transformers(
     reference: LlamaForCausalLM, options: dict[str, Any], largest_gap: float
 ) -> None:
-    """Ours is greedy for transformers too exactly when, after each of our tokens, it would have chosen our next."""
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
     with LLM(threads=1, max_total_tokens=4096, **options) as llm:
-        answers = llm.generate(PROMPTS, params)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        assert len(answer.token_ids) == NUM_TOKENS
-        tokens = (*answer.prompt_token_ids, *answer.token_ids)
-        logits_TV = next_token_logits(reference, tokens, first=len(answer.prompt_token_ids))
-        best_T, ours_T = logits_TV.argmax(-1), torch.tensor(answer.token_ids)
-        differing = (best_T != ours_T).nonzero().flatten().tolist()
-        if differing:
-            at = differing[0]
-            gap = (logits_TV[at, best_T[at]] - logits_TV[at, ours_T[at]]).item()
-            print(
-                f"{prompt!r}: token {at} is {ours_T[at]}, transformers takes {best_T[at]}; logit gap {gap:.4f}"
-            )
-            assert gap < largest_gap
+        answers = continuations(llm)
+    for prompt, answer in answers.items():
+        differing = first_difference(reference, answer.prompt_token_ids, answer.token_ids)
+        if differing is not None:
+            print(f"{prompt!r}: {differing}")
+            assert differing.gap < largest_gap
 
 
 def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
     """As it runs by default against float32. On the last four the model wavers: a rounding decides, so they are only
     shown."""
-    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
     with LLM(threads=1, max_total_tokens=4096) as llm:
         dtype, tokenizer = llm.card.dtype, llm.tokenizer
-        template = tokenizer.chat_template
-        assert template is not None
-        chats = [template.render([{"role": "user", "content": fact["question"]}]) for fact in FACTS]
-        prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
-        ours = [answer.text for answer in llm.generate(prompts, params)]
-    (end,) = tokenizer.eos_token_ids
-    theirs = [tokenizer.decode(greedy_answer(reference, prompt, ANSWER_TOKENS, end)) for prompt in prompts]
+        ours = [answer.text for answer in facts_answered(llm)]
+    theirs = facts_by_reference(reference, tokenizer)
     for fact, our, their in zip(FACTS, ours, theirs, strict=True):
         print(f"{fact['question']}\n  ours:         {our!r}\n  transformers: {their!r}")
     print(f"right: {num_right(ours)} of {len(FACTS)} ({dtype}), transformers {num_right(theirs)} (float32)")
@@ -109,8 +84,4 @@ def test_simple_facts_are_right_as_often(reference: LlamaForCausalLM) -> None:
 
 
 def num_right(answers: list[str]) -> int:
-    """Answers that contain an accepted one as whole words, whatever the case."""
-    return sum(
-        any(re.search(rf"\b{re.escape(accepted)}\b", answer, re.IGNORECASE) for accepted in fact["accepted"])
-        for fact, answer in zip(FACTS, answers, strict=False)
-    )
+    return sum(is_right(fact, answer) for fact, answer in zip(FACTS, answers, strict=False))

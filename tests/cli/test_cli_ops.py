@@ -118,6 +118,11 @@ def test_explain_takes_model_and_platform_under_both_names(
     assert "give one of them" in capsys.readouterr().err
 
 
+def test_explain_of_an_operator_asks_for_a_model(capsys: Streams) -> None:
+    assert main(["ops", "explain", "linear"]) == 2
+    assert "linear is an operator: all of those that MODEL needs" in capsys.readouterr().err
+
+
 def test_explain_says_what_a_run_binds_without_reading_a_weight(
     capsys: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:

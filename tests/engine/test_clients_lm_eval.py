@@ -1,10 +1,6 @@
 """What `lm-eval --model local-completions` asks and reads, replayed: its tasks are in lm_eval_task/.
 
-By hand, from the root of the repository, with lm-eval in an environment of its own:
-
-    lockstep serve --port 30000
-    lm_eval --model local-completions --tasks capitals_choice,capitals_answer --include_path tests/engine/lm_eval_task \
-        --model_args model=NAME,base_url=http://127.0.0.1:30000/v1/completions,tokenizer=DIRECTORY,num_concurrent=4
+`python bench/engine_report.py lm-eval` runs lm-eval itself.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def test_integers_of_numpy_and_torch_are_integers(llm: LLM) -> None:
         stop_token_ids=(5,), logit_bias={9: 5.0}, top_k=5
     )
     for wrong in (np.array([1.0]), torch.tensor([1.5]), [1.0, 2], [True, 1], 7.5):
-        with pytest.raises((InvalidRequest, TypeError)):
+        with pytest.raises(InvalidRequest):
             llm.generate(wrong)  # type: ignore[arg-type]
 
 
@@ -173,6 +173,29 @@ def test_an_answer_longer_than_what_fits_is_refused_with_the_numbers(llm: LLM) -
 def test_params_must_match_the_prompts(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="2 prompts were given with 1 params"):
         llm.generate([GOOD, GOOD], [SamplingParams()])
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "param"),
+    [
+        (
+            lambda llm: llm.generate([GOOD], {"max_tokens": 3}),
+            r"SamplingParams, not \{'max_tokens': 3\}",
+            "params",
+        ),
+        (lambda llm: llm.generate([GOOD], [{"seed": 1}]), r"SamplingParams, not \{'seed': 1\}", "params"),
+        (lambda llm: llm.stream(GOOD, 3), "SamplingParams, not 3", "params"),
+        (lambda llm: llm.generate(3), "a prompt is text or token ids, not 3", "prompt"),
+        (lambda llm: llm.generate(None), "a prompt is text or token ids, not None", "prompt"),
+        (lambda llm: llm.embed(7, "last"), "a prompt is text or token ids, not 7", "prompt"),
+        (lambda llm: llm.embed([GOOD], "men"), "one of mean, last, not 'men'; did you mean 'mean'", "pooling"),
+    ],
+)
+def test_what_is_of_another_kind(llm: LLM, call: Callable[[LLM], object], message: str, param: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        call(llm)
+    assert caught.value.param == param
+    assert llm.stats().num_waiting == 0
 
 
 @pytest.mark.parametrize(

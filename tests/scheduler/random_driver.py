@@ -97,6 +97,7 @@ class RandomDriver:
             may_wait = plan is not None and not plan.must_land and self._overlaps
             while len(self._flying) > (may_wait and self.rng.random() < 0.8):
                 self._land()
+        self.events_seen["steps"] += step
         self._check_end()
 
     def _submit(self, plan: StepPlan, keep: bool) -> None:

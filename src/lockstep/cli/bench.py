@@ -16,7 +16,11 @@ from lockstep.config.components import ENGINE_OPTIONS
 _COUNT = click.IntRange(min=1)
 _option = section("Workload and output")
 
-_seed = _option("--seed", type=int, default=0, metavar="N", help="Seed of the prompts.  [0]")
+
+def _seed_of(what: str) -> Callable[[Command], Command]:
+    return _option("--seed", type=int, default=0, metavar="N", help=f"Seed of {what}.  [0]")
+
+
 _workload = _option(
     "--workload",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -74,7 +78,7 @@ def command() -> None:
     *_shape(implied=True),
     _workload,
     _count("--repeats", 3, "Timed runs, after a short one that is not timed."),
-    _seed,
+    _seed_of("the prompts"),
     _compare,
 )
 def throughput(options: dict[str, Given], **workload: Any) -> int:
@@ -91,7 +95,7 @@ def throughput(options: dict[str, Given], **workload: Any) -> int:
     _count("--batch-size", 1, "Requests in the batch."),
     *_shape(implied=False),
     _count("--repeats", 5, "Timed runs, after one that is not timed."),
-    _seed,
+    _seed_of("the prompts"),
     _compare,
 )
 def latency(options: dict[str, Given], **workload: Any) -> int:
@@ -110,11 +114,12 @@ def latency(options: dict[str, Given], **workload: Any) -> int:
         "--rate",
         type=click.FloatRange(min=0, min_open=True),
         metavar="X",
-        help="Requests per second, at random times, however many are under way.",
+        help="Requests per second, at random times, however many are under way. Omitted: a new one for each "
+        "that ends.",
     ),
     *_shape(implied=True),
     _workload,
-    _seed,
+    _seed_of("the prompts"),
 )
 def serve(options: dict[str, Given], **workload: Any) -> int:
     """Send requests to a server and print the times to first token, between tokens and to the end."""
@@ -161,7 +166,7 @@ def startup(options: dict[str, Given], **workload: Any) -> int:
         metavar="N,N...",
         help="Tokens of a step to tune for; more than the largest take the defaults.  [1 to 2048, doubled]",
     ),
-    _seed,
+    _seed_of("inputs and weights"),
     engine=TUNED_BY,
 )
 def tune_moe(options: dict[str, Given], tokens: str | None, **workload: Any) -> int:

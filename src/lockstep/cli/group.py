@@ -42,7 +42,7 @@ class LazyCommands(click.Group):
 
 
 @click.group(
-    cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, prog_name="lockstep", message="%(prog)s %(version)s")
 def lockstep() -> None:

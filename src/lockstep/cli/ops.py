@@ -78,6 +78,8 @@ def explain_ops(
     _add(options, "device", named_platform, "--device and --platform both name a device")
     if named_platform is not None:
         pick_platform(named_platform, "--platform")
+    if "model" in options:
+        _refuse_operator(options["model"].value)
     groups = _grouped(explain_bindings(options))
     if as_json:
         print_json([group.as_json() for group in groups])
@@ -236,6 +238,14 @@ def _add(options: dict[str, Given], name: str, value: str | None, twice: str) ->
     if name in options:
         raise click.UsageError(f"{twice}: give one of them")
     options[name] = Given(value, "command line")
+
+
+def _refuse_operator(model: str) -> None:
+    """An operator's name where a model's belongs. Raises click.UsageError."""
+    from lockstep.ops.registry import contracts
+
+    if model in contracts() and not Path(model).exists():
+        raise click.UsageError(f"{model} is an operator: all of those that MODEL needs are explained at once")
 
 
 def _print_check(reports: Sequence[OperatorReport]) -> None:

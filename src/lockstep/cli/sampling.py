@@ -41,17 +41,27 @@ def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Comman
             help=f"0 always takes the likeliest token; 1 is the model's own spread.  [{temperature:g}]",
         ),
         option(
-            "--top-p", type=float, default=1.0, metavar="X", help="Keep the likeliest tokens up to this mass."
+            "--top-p",
+            type=float,
+            default=1.0,
+            metavar="X",
+            help="Keep the likeliest tokens up to this mass.  [1: all]",
         ),
-        option("--top-k", type=int, default=0, metavar="N", help="Keep the N likeliest tokens."),
+        option("--top-k", type=int, default=0, metavar="N", help="Keep the N likeliest tokens.  [0: all]"),
         option(
             "--min-p",
             type=float,
             default=0.0,
             metavar="X",
-            help="Drop tokens less likely than X times the likeliest.",
+            help="Drop tokens less likely than X times the likeliest.  [0: none]",
         ),
-        option("--seed", type=int, default=None, metavar="N", help="The same seed draws the same answer."),
+        option(
+            "--seed",
+            type=int,
+            default=None,
+            metavar="N",
+            help="The same seed draws the same answer. Omitted: what every start of the command draws from.",
+        ),
         option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. May be repeated."),
         option("--json-schema", type=_FILE, metavar="FILE", help="Answer with JSON valid under this schema."),
         option("--regex", metavar="PATTERN", help="Answer with text that matches this regular expression."),
@@ -64,11 +74,11 @@ def sampling_options(*, temperature: float, max_tokens: int) -> Callable[[Comman
         @functools.wraps(function)
         def collect(**values: Any) -> Any:
             grammar = _grammar({kind: values.pop(kind) for kind in _GRAMMARS})
-            params = SamplingParams(
-                grammar=grammar,
-                stop=tuple(values.pop("stop")),
-                **{name: values.pop(name) for name in _PLAIN},
-            )
+            sampling = {name: values.pop(name) for name in _PLAIN}
+            try:
+                params = SamplingParams(grammar=grammar, **sampling)
+            except InvalidRequest as error:
+                raise _as_written(error) from None
             return function(params=params, **values)
 
         command: Command = collect
@@ -96,7 +106,15 @@ def started(
         return start(params)
 
 
-_PLAIN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+_PLAIN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+
+
+def _as_written(error: InvalidRequest) -> InvalidRequest:
+    """The same about the flag that the user wrote."""
+    if error.param is None:
+        return error
+    said = str(error).replace(error.param, "--" + error.param.replace("_", "-"), 1)
+    return InvalidRequest(said, param=error.param, code=error.code)
 
 
 def _grammar(written: dict[str, str | Path | None]) -> Grammar | None:

@@ -142,11 +142,21 @@ def plan_suites(
 @_choice("--suite", "suites", multiple=True, required=True, metavar="S", help="A suite; may be repeated.")
 @_stage
 @_choice("-k", "keyword", metavar="FILTER", help="Only tests that pytest's -k takes.")
-@_parts("--partition-id", type=int, metavar="I", help="Run part I of each suite, counted from 0.")
+@_parts(
+    "--partition-id",
+    type=int,
+    metavar="I",
+    help="Run part I of each suite, counted from 0. Omitted: all of it.",
+)
 @_parts("--total-partitions", type=int, metavar="N", help="Of N parts.")
 @_how("--continue-on-error", is_flag=True, help="Go on after a failed test.")
 @_how("--jobs", type=click.IntRange(1), metavar="N", help="Processes side by side.  [2, on one core 1]")
-@_how("--timeout-per-test", type=click.FloatRange(0, min_open=True), metavar="S", help="Seconds for one test.")
+@_how(
+    "--timeout-per-test",
+    type=click.FloatRange(0, min_open=True),
+    metavar="S",
+    help="Seconds for one test.  [the project's]",
+)
 @_how(
     "--flaky-budget",
     type=click.IntRange(0),

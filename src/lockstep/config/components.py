@@ -33,7 +33,9 @@ class ModelOptions:
     served_model_name: str = option(
         AUTO, metavar="NAME", help="Name of the model for clients, in /v1/models and in requests."
     )
-    revision: str | None = option(None, metavar="REV", help="Branch, tag or commit of a Hub id.")
+    revision: str | None = option(
+        None, metavar="REV", help="Branch, tag or commit of a Hub id. Omitted: its main branch."
+    )
     chat_template: str | None = option(
         None, metavar="FILE", help="Jinja file that replaces the model's own chat template."
     )
@@ -190,14 +192,18 @@ class ServerOptions:
         metavar="KEY",
         env="LOCKSTEP_API_KEY",
         secret=True,
-        help="Key that clients must send. The variable keeps it out of the process list.",
+        help="Key that clients must send. The variable LOCKSTEP_API_KEY keeps it out of the process list.",
     )
     max_body_bytes: int = option(32 * 2**20, low=1024, metavar="BYTES", help="Largest request body.")
     tool_call_parser: str | None = option(
         None, metavar="NAME", help="How tool calls are written. Omitted: recognised in the chat template."
     )
     request_timeout_s: float | None = option(
-        None, low=0, exclusive=True, metavar="SECONDS", help="Time after which a request ends with what it has."
+        None,
+        low=0,
+        exclusive=True,
+        metavar="SECONDS",
+        help="Time after which a request ends with what it has. Omitted: none.",
     )
     log_level: str = option(
         "info",

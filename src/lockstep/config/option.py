@@ -58,7 +58,7 @@ class Option:
             return "off" if not self.default else "on"
         if self.default is None or self.default == ():
             return "none"
-        return str(self.default)
+        return f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
 
     def parse(self, text: str, written_as: str) -> Any:
         """One value from the command line or the environment; `written_as` is the name to use in an error.

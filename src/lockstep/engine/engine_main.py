@@ -90,7 +90,8 @@ def _run(spec: EngineSpec, run_dir: Path, channel: _Channel) -> None:
             {"name": made.name, "value": made.value, "source": made.source, "why": made.why}
             for made in engine.opened.decisions
         ]
-        channel.send(Ready(engine.card, decisions, engine.native_kernels))
+        on_host = not engine.opened.capabilities.has_streams
+        channel.send(Ready(engine.card, decisions, engine.native_kernels, on_host))
         while True:
             wait_s = 0.0
             if not engine.loop.has_work:

@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from lockstep.config import Decision, EngineConfig, gather
 from lockstep.config.components import ENGINE_OPTIONS
-from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
+from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError, nearest
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.probe import Probe
 from lockstep.core.request import FinishReason, Pooling, Request
@@ -145,9 +145,7 @@ class LLM:
         before anything runs.
         """
         many = _as_list(prompts)
-        per_prompt = (
-            [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
-        )
+        per_prompt = list(params) if isinstance(params, Sequence) else [params] * len(many)
         if len(per_prompt) != len(many):
             raise InvalidRequest(
                 f"{len(many)} prompts were given with {len(per_prompt)} params", param="params"
@@ -163,6 +161,12 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], pooling: Pooling | None = None
     ) -> list[tuple[float, ...]]:
         """Unit vectors of prompts. `pooling` defaults to the model's own; InvalidRequest when it declares none."""
+        kinds = get_args(Pooling)
+        if pooling is not None and pooling not in kinds:
+            hint = nearest(str(pooling), kinds)
+            raise InvalidRequest(
+                f"pooling is one of {', '.join(kinds)}, not {pooling!r}{hint}", param="pooling"
+            )
         kind = pooling or self._engine.opened.files.pooling
         if kind is None:
             raise InvalidRequest(
@@ -247,6 +251,8 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams | None, pooling: Pooling | None = None
     ) -> Request:
         """A request that this engine can run. Raises InvalidRequest naming the field."""
+        if params is not None and not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is a SamplingParams, not {params!r}", param="params")
         request = Request(
             request_id=f"local-{next(self._numbers)}",
             prompt_token_ids=self._prompt_ids(prompt),
@@ -265,9 +271,13 @@ class LLM:
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self.tokenizer.encode(prompt))
-        if not hasattr(prompt, "__len__"):
-            raise InvalidRequest(f"a prompt is text or token ids, not {prompt!r}", param="prompt")
-        return tuple(self._token_id(each, "prompt") for each in prompt)
+        items, vocab_size = _items(prompt), self.card.vocab_size
+        # Prompts are long: plain numbers in range are taken as they are.
+        if all(type(each) is int for each in items) and (
+            not items or (min(items) >= 0 and max(items) < vocab_size)
+        ):
+            return tuple(items)
+        return tuple(self._token_id(each, "prompt") for each in items)
 
     def _token_id(self, given: Any, param: str) -> int:
         token_id, vocab_size = as_integer(given), self.card.vocab_size
@@ -371,9 +381,19 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    """The prompts, whether one was given or several."""
-    single = isinstance(prompts, str) or (len(prompts) > 0 and as_integer(prompts[0]) is not None)
-    return [prompts] if single else list(prompts)
+    """The prompts, whether one was given or several. Raises InvalidRequest for what is neither."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = _items(prompts)
+    return [items] if items and as_integer(items[0]) is not None else items
+
+
+def _items(given: Any) -> list[Any]:
+    """What is in a list, an array or a tensor; numbers, None and tensors of no dimension hold nothing to go through."""
+    try:
+        return list(given)
+    except TypeError:
+        raise InvalidRequest(f"a prompt is text or token ids, not {given!r}", param="prompt") from None
 
 
 def _vector(request: Request, outputs: _Outputs) -> tuple[float, ...]:

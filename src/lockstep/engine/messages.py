@@ -50,11 +50,12 @@ Command = Submit | Abort | FlushCache | AskStats | Shutdown
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """The engine takes requests from now on."""
+    """The engine takes requests from now on. `computes_on_host`: on the cores that its client runs on, too."""
 
     card: ModelCard
     decisions: list[dict[str, Any]]
     native_kernels: str | None = None
+    computes_on_host: bool = True
 
 
 class LoadProgress(msgspec.Struct, tag=True, frozen=True):

@@ -17,7 +17,7 @@ from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.request import Request
 from lockstep.core.sampling import Grammar
-from lockstep.engine.inbox import Inbox
+from lockstep.engine.inbox import EVENTS_PER_S, EVENTS_PER_S_ON_HOST, Inbox
 from lockstep.engine.messages import Abort, AskStats, Event, FlushCache, Rejected, Reply, Sequences, Submit
 from lockstep.engine.model_files import open_files, open_tokenizer
 from lockstep.engine.output import OutputProcessor
@@ -106,6 +106,7 @@ class ProcessClient:
         }
         self._on_progress = on_progress
         self._numbers = itertools.count()
+        self._events_per_s = EVENTS_PER_S_ON_HOST
         self._seats: list[_Seat] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._closing = False
@@ -171,7 +172,7 @@ class ProcessClient:
                 f"a request with the id {request.request_id!r} is still running", param="request_id"
             )
         seat = self._least_loaded()
-        inbox = Inbox()
+        inbox = Inbox(self._events_per_s)
         seat.inboxes[request.request_id] = inbox
         seat.processor.add(request)
         replica = seat.replica
@@ -271,6 +272,7 @@ class ProcessClient:
             try:
                 ready = await replica.start()
                 self.card, self.native_kernels = ready.card, ready.native_kernels
+                self._events_per_s = EVENTS_PER_S_ON_HOST if ready.computes_on_host else EVENTS_PER_S
                 seat.open(replica)
                 started.set()
                 pause_s = FIRST_PAUSE_S

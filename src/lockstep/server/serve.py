@@ -141,7 +141,11 @@ async def run_app(
     try:
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            log.warning("stopping; %d unfinished requests end with an error", app.state.gateway.num_running)
+            num_unfinished = app.state.gateway.num_running
+            log.warning(
+                "stopping%s",
+                f"; {num_unfinished} unfinished requests end with an error" if num_unfinished else "",
+            )
             server.should_exit = True
             await client.close()
         await serving
