@@ -61,11 +61,9 @@ class SharedProduct {
     }
     team.wait();
     const Range groups = share(weight_.num_groups, thread, team.num_threads());
-    const auto scratch = aligned_bytes(kernels_.scratch_bytes(weight_));
     for (int first = 0; first < num_rows_; first += kRowBlock) {
       kernels_.product(weight_, groups.begin, groups.end, rows_.get() + first * row_bytes_,
-                       std::min(kRowBlock, num_rows_ - first), out_ + first * out_stride_, out_stride_,
-                       scratch.get());
+                       std::min(kRowBlock, num_rows_ - first), out_ + first * out_stride_, out_stride_);
     }
   }
 

@@ -74,7 +74,7 @@ int Products::num_outputs() const {
 struct Decoder::Buffers {
   Aligned<float> residual, normed, qkv, attended, update, gate_up, inner, parts, lse, twice;
   Aligned<uint8_t> rows[2];  // activations as quantised and as bfloat16 weights read them
-  Aligned<uint8_t> scratch;
+  Aligned<uint8_t> scratch;  // of attention, each thread's
 };
 
 // One attention task: rows of one span that read one KV head, over one part of the keys.
@@ -108,8 +108,6 @@ class Decoder::Step {
     ending_ = ending;
     scratch_ = buffers_.scratch.data() + thread_ * scratch_bytes;
   }
-
-  void set_scratch(int64_t scratch_bytes) { scratch_ = buffers_.scratch.data() + thread_ * scratch_bytes; }
 
   void run(float* hidden) {
     embed();
@@ -215,7 +213,7 @@ class Decoder::Step {
     if (weight.store == Store::kBF16) {
       const Range mine = share(weight.num_groups, thread_, team_.num_threads());
       if (mine.begin < mine.end) {
-        products_.product(weight, mine.begin, mine.end, rows, num_rows_, out, stride, scratch_);
+        products_.product(weight, mine.begin, mine.end, rows, num_rows_, out, stride);
       }
       return;
     }
@@ -226,7 +224,7 @@ class Decoder::Step {
       const int begin = task * kScoreGroups, end = std::min(begin + kScoreGroups, weight.num_groups);
       const int width = (end - begin) * kGroup;
       products_.product(groups_of(weight, begin, end), 0, end - begin, rows, 2 * num_rows_, both,
-                        kScoreGroups * kGroup, scratch_);
+                        kScoreGroups * kGroup);
       for (int row = 0; row < num_rows_; ++row) {
         const float* sums = both + 2 * row * kScoreGroups * kGroup;
         float* to = out + row * stride + begin * kGroup;
@@ -287,7 +285,7 @@ class Decoder::Step {
                      int64_t stride) {
     const uint8_t* rows = buffers_.rows[weight.store == Store::kBF16].data();
     products_.product(weight, begin, end, rows + first_row * products_.row_bytes(weight), num_rows,
-                      out + first_row * stride, stride, scratch_);
+                      out + first_row * stride, stride);
   }
 
   // Calls body(begin, end, first row, number of rows) for this thread's tasks of `num_groups` groups of outputs.
@@ -478,7 +476,7 @@ class Decoder::Step {
   const std::vector<Span>* spans_ = nullptr;
   const std::vector<Task>* tasks_ = nullptr;
   const Ending* ending_ = nullptr;
-  uint8_t* scratch_ = nullptr;
+  uint8_t* scratch_ = nullptr;  // of attention
 };
 
 Decoder::Decoder(DecoderModel model, const ProductKernels& products, const RowKernels& rows, Pool& pool)
@@ -551,11 +549,10 @@ void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positi
   buffers.attended.need(rows * model_.num_heads * model_.head_dim);
   buffers.gate_up.need(rows * 2 * padded(model_.inner_size));
   buffers.inner.need(rows * model_.inner_size);
-  int64_t scratch_bytes = 0, num_split_rows = 0;
+  int64_t num_split_rows = 0;
   for (const Block& block : model_.blocks) {
     for (const Products* products : {&block.qkv, &block.out, &block.gate_up, &block.down}) {
       for (const Weight& weight : products->weights) {
-        scratch_bytes = std::max(scratch_bytes, products_.scratch_bytes(weight));
         buffers.rows[weight.store == Store::kBF16].need(rows * products_.row_bytes(weight));
       }
     }
@@ -573,8 +570,7 @@ void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positi
   widest.num_rows = std::min(num_rows, kAttentionRows);
   for (const Span& span : spans) widest.num_keys = std::max(widest.num_keys, span.num_keys);
   widest.end_key = widest.num_keys;
-  scratch_bytes = std::max(scratch_bytes, rows_.attention_scratch_bytes(widest));
-  scratch_bytes = (scratch_bytes + 63) / 64 * 64;
+  const int64_t scratch_bytes = (rows_.attention_scratch_bytes(widest) + 63) / 64 * 64;
   buffers.scratch.need(scratch_bytes * num_threads);
   const int phases_of_block = num_rows <= kAloneRows ? 1 : 5;
   pool_.run(num_threads, static_cast<int>(model_.blocks.size()) * phases_of_block, [&](int thread, Team& team) {
@@ -586,18 +582,13 @@ void Decoder::step(int num_rows, const int64_t* token_ids, const int64_t* positi
 
 void Decoder::scores(int num_rows, const float* hidden, int num_threads, float* scores, int64_t scores_stride) {
   Buffers& buffers = *buffers_;
-  int64_t scratch_bytes = 0;
   for (const Weight& weight : model_.head.weights) {
-    scratch_bytes = std::max(scratch_bytes, products_.scratch_bytes(weight));
     buffers.rows[weight.store == Store::kBF16].need(2 * num_rows * products_.row_bytes(weight));
   }
   buffers.normed.need(static_cast<int64_t>(num_rows) * model_.hidden_size);
   buffers.twice.need(static_cast<int64_t>(num_threads) * 2 * num_rows * kScoreGroups * kGroup);
-  scratch_bytes = (scratch_bytes + 63) / 64 * 64;
-  buffers.scratch.need(scratch_bytes * num_threads);
   pool_.run(num_threads, static_cast<int>(model_.head.weights.size()), [&](int thread, Team& team) {
     Step step(*this, team, thread, num_rows);
-    step.set_scratch(scratch_bytes);
     step.run_head(hidden, scores, scores_stride);
   });
 }

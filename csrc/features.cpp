@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "product.h"
-#include "rows.h"
-
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -38,8 +39,19 @@ uint64_t saved_states() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
+// Linux saves the tiles' 8 KiB for processes alone that asked for it; the answer holds for all threads.
+bool tiles_are_granted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 std::vector<std::string> detect() {
   constexpr uint64_t kYmm = 0x06, kZmm = 0xe6;  // XCR0: SSE and AVX; then opmask and both halves of the 512-bit file
+  constexpr uint64_t kTiles = 0x60000;                // the shapes and the data of tiles
   const Leaf basic = cpuid(1, 0);
   const bool tells_states = basic.ecx >> 27 & 1;
   const uint64_t states = tells_states ? saved_states() : 0;
@@ -56,10 +68,13 @@ std::vector<std::string> detect() {
       {"avx512dq", extended.ebx, 17, kZmm},   {"avx512bw", extended.ebx, 30, kZmm},
       {"avx512vl", extended.ebx, 31, kZmm},   {"avx512vbmi", extended.ecx, 1, kZmm},
       {"avx512_vnni", extended.ecx, 11, kZmm}, {"avx512_bf16", more.eax, 5, kZmm},
+      {"amx_bf16", extended.edx, 22, kTiles}, {"amx_tile", extended.edx, 24, kTiles},
+      {"amx_int8", extended.edx, 25, kTiles},
   };
   std::vector<std::string> found;
   for (const auto& feature : table) {
-    if ((feature.word >> feature.bit & 1) && (states & feature.needs) == feature.needs) found.push_back(feature.name);
+    const bool has = (feature.word >> feature.bit & 1) && (states & feature.needs) == feature.needs;
+    if (has && (feature.needs != kTiles || tiles_are_granted())) found.push_back(feature.name);
   }
   return found;
 }
@@ -99,31 +114,32 @@ std::vector<std::string> detect() { return {}; }
 
 #endif
 
-struct InstructionSet {
-  const char* name;
-  const ProductKernels* (*product)();
-  const RowKernels* (*rows)();
-  std::vector<std::string> needs;
-};
+using Names = std::vector<std::string>;
+
+Names joined(Names names, const Names& more) {
+  names.insert(names.end(), more.begin(), more.end());
+  return names;
+}
 
 // Best first. What each needs is what its files are compiled for: see the flags in CMakeLists.txt.
-const std::vector<InstructionSet>& instruction_sets() {
-  static const std::vector<std::string> kAvx2 = {"avx2", "fma", "f16c"};
-  static const std::vector<std::string> kAvx512 = {"avx2",     "fma",      "f16c",     "avx512f",
-                                                   "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"};
-  static const std::vector<std::string> kBf16 = [] {
-    std::vector<std::string> needs = kAvx512;
-    needs.push_back("avx512_bf16");
-    return needs;
-  }();
-  static const std::vector<InstructionSet> sets = {
-      {"avx512_bf16", product_avx512_bf16, rows_avx512_bf16, kBf16},
-      {"avx512", product_avx512, rows_avx512, kAvx512},
-      {"avx2", product_avx2, rows_avx2, kAvx2},
-      {"neon", product_neon, rows_neon, {"asimd", "asimddp"}},
-      {"scalar", product_scalar, rows_scalar, {}},
+std::vector<InstructionSet> all_instruction_sets() {
+  const Names avx2 = {"avx2", "fma", "f16c"};
+  const Names avx512 = joined(avx2, {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"});
+  const Names avx512_bf16 = joined(avx512, {"avx512_bf16"});
+#if defined(LOCKSTEP_EMULATED_TILES)
+  const Names amx = avx512_bf16;
+#else
+  const Names amx = joined(avx512_bf16, {"amx_tile", "amx_int8", "amx_bf16"});
+#endif
+  return {
+      {"amx", product_amx(), rows_avx512_bf16(), amx},
+      {"avx512_bf16", product_avx512_bf16(), rows_avx512_bf16(), avx512_bf16},
+      {"avx512", product_avx512(), rows_avx512(), avx512},
+      {"avx_vnni", product_avx_vnni(), rows_avx2(), joined(avx2, {"avx_vnni"})},
+      {"avx2", product_avx2(), rows_avx2(), avx2},
+      {"neon", product_neon(), rows_neon(), {"asimd", "asimddp"}},
+      {"scalar", product_scalar(), rows_scalar(), {}},
   };
-  return sets;
 }
 
 }  // namespace
@@ -133,14 +149,31 @@ std::vector<std::string> processor_features() {
   return found;
 }
 
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> built;
+    for (const InstructionSet& set : all_instruction_sets()) {
+      if (set.products != nullptr && set.rows != nullptr) built.push_back(set);
+    }
+    return built;
+  }();
+  return sets;
+}
+
+const InstructionSet* instruction_set(const std::string& name) {
+  for (const InstructionSet& set : instruction_sets()) {
+    if (name == set.name) return &set;
+  }
+  return nullptr;
+}
+
 std::vector<std::string> usable_instruction_sets(const std::vector<std::string>& features) {
   const auto present = [&features](const std::string& name) {
     return std::find(features.begin(), features.end(), name) != features.end();
   };
   std::vector<std::string> usable;
   for (const InstructionSet& set : instruction_sets()) {
-    const bool enough = std::all_of(set.needs.begin(), set.needs.end(), present);
-    if (enough && set.product() != nullptr && set.rows() != nullptr) usable.push_back(set.name);
+    if (std::all_of(set.needs.begin(), set.needs.end(), present)) usable.push_back(set.name);
   }
   return usable;
 }

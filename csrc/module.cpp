@@ -15,28 +15,20 @@ using namespace nb::literals;
 namespace lockstep {
 namespace {
 
-// The table of this name that the processor can run: a caller may ask for a poorer one, never for a richer one.
-template <class Table>
-const Table& named(const std::string& name, std::initializer_list<const Table*> tables) {
-  static const std::vector<std::string> usable = usable_instruction_sets(processor_features());
-  if (std::find(usable.begin(), usable.end(), name) != usable.end()) {
-    for (const Table* table : tables) {
-      if (table != nullptr && name == table->name) return *table;
-    }
-  }
+// The set of this name that the processor can run: a caller may ask for a poorer one, never for a richer one.
+const InstructionSet& usable(const std::string& name) {
+  static const std::vector<std::string> names = usable_instruction_sets(processor_features());
+  if (std::find(names.begin(), names.end(), name) != names.end()) return *instruction_set(name);
   throw std::invalid_argument("this build or this processor has no instruction set " + name);
 }
 
 }  // namespace
 
 const ProductKernels& products_named(const std::string& instruction_set) {
-  return named(instruction_set,
-               {product_scalar(), product_avx2(), product_avx512(), product_avx512_bf16(), product_neon()});
+  return *usable(instruction_set).products;
 }
 
-const RowKernels& rows_named(const std::string& instruction_set) {
-  return named(instruction_set, {rows_scalar(), rows_avx2(), rows_avx512(), rows_avx512_bf16(), rows_neon()});
-}
+const RowKernels& rows_named(const std::string& instruction_set) { return *usable(instruction_set).rows; }
 
 }  // namespace lockstep
 

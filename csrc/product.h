@@ -44,7 +44,7 @@ struct Weight {
 };
 
 struct ProductKernels {
-  const char* name;  // "scalar", "avx2", "avx512", "avx512_bf16", "neon"
+  const char* name;  // of the instruction set
 
   // Bytes of one prepared row of activations for this weight's store and number of inputs; a multiple of 64.
   int64_t (*row_bytes)(const Weight& weight);
@@ -57,11 +57,8 @@ struct ProductKernels {
 
   // out[r * out_stride + 16 * g + lane] = sum over inputs, for rows [0, num_rows) that lie row_bytes apart and groups
   // [first_group, end_group). All 16 lanes of a group are written: rows of `out` are padded.
-  // `scratch`: scratch_bytes of the caller's thread, 64-byte aligned.
   void (*product)(const Weight& weight, int first_group, int end_group, const uint8_t* rows, int num_rows, float* out,
-                  int64_t out_stride, uint8_t* scratch);
-
-  int64_t (*scratch_bytes)(const Weight& weight);
+                  int64_t out_stride);
 
   // One output's weights as num_inputs floats: the embedding that is tied to a head.
   void (*gather)(const Weight& weight, int output, float* values);
@@ -73,8 +70,10 @@ struct ProductKernels {
 // Null when this build does not have the instruction set at all.
 const ProductKernels* product_scalar();
 const ProductKernels* product_avx2();
+const ProductKernels* product_avx_vnni();     // AVX2 and the 256-bit VNNI
 const ProductKernels* product_avx512();       // F, BW, DQ, VL, VNNI
 const ProductKernels* product_avx512_bf16();  // the same and BF16
+const ProductKernels* product_amx();          // the same and tiles of int8 and bfloat16
 const ProductKernels* product_neon();
 
 // Bytes of a packed weight, and packing: q [outputs, inputs] (row after row), scale and minimum

@@ -275,7 +275,6 @@ constexpr ProductKernels kKernels = {"avx512",
                                      float_row_bytes,
                                      prepare_floats<quantise, 16, quantise_sixteen>,
                                      multiply_weight<Packed, Plain>,
-                                     no_scratch_bytes,
                                      gather,
                                      quantised_remainder};
 

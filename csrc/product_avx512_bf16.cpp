@@ -73,15 +73,14 @@ void prepare(const Weight& weight, const float* x, uint8_t* row) {
 }
 
 void product(const Weight& weight, int first_group, int end_group, const uint8_t* rows, int num_rows,
-             float* out, int64_t out_stride, uint8_t* scratch) {
+             float* out, int64_t out_stride) {
   if (weight.store != Store::kBF16) {
-    return product_avx512()->product(weight, first_group, end_group, rows, num_rows, out, out_stride, scratch);
+    return product_avx512()->product(weight, first_group, end_group, rows, num_rows, out, out_stride);
   }
   multiply_panels<Pairs>(weight, first_group, end_group, rows, num_rows, row_bytes(weight), out, out_stride);
 }
 
-constexpr ProductKernels kKernels = {"avx512_bf16", row_bytes,          prepare, product, no_scratch_bytes,
-                                     gather,        quantised_remainder};
+constexpr ProductKernels kKernels = {"avx512_bf16", row_bytes, prepare, product, gather, quantised_remainder};
 
 }  // namespace
 

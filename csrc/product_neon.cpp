@@ -154,7 +154,6 @@ constexpr ProductKernels kKernels = {"neon",
                                      float_row_bytes,
                                      prepare_floats<quantise_block>,
                                      multiply_weight<Packed, Plain>,
-                                     no_scratch_bytes,
                                      gather,
                                      quantised_remainder};
 

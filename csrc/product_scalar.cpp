@@ -74,7 +74,6 @@ constexpr ProductKernels kKernels = {"scalar",
                                      float_row_bytes,
                                      prepare_floats<quantise_block>,
                                      multiply_weight<Packed, Plain>,
-                                     no_scratch_bytes,
                                      gather,
                                      quantised_remainder};
 

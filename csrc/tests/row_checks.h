@@ -108,13 +108,6 @@ inline double meaning(KVType type, const void* pool, int64_t at) {
   return type == KVType::kBF16 ? meaning(bits, 8, 7) : meaning(bits, 5, 10);
 }
 
-inline const RowKernels* named(const std::string& name) {
-  for (const auto& kernels : {rows_scalar(), rows_avx2(), rows_avx512(), rows_avx512_bf16(), rows_neon()}) {
-    if (kernels != nullptr && name == kernels->name) return kernels;
-  }
-  return nullptr;
-}
-
 // check(kernels, random, report) for each usable instruction set. Returns the program's exit status.
 template <class Check>
 inline int run(int argc, char** argv, const Check& check) {
@@ -122,18 +115,11 @@ inline int run(int argc, char** argv, const Check& check) {
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   bool right = true;
   for (const std::string& name : usable_instruction_sets(processor_features())) {
-    const RowKernels* rows = named(name);
-    if (rows == nullptr) {
-      std::printf("FAILED %s: usable, but there are no such row kernels\n", name.c_str());
-      right = false;
-    } else {
-      Random random(seed);
-      Report report(name);
-      report.expect(name == rows->name, "is called " + std::string(rows->name));
-      check(*rows, random, report);
-      std::printf("%-12s %d checks, %d failures\n", name.c_str(), report.num_checks(), report.num_failures());
-      right = report.num_failures() == 0 && right;
-    }
+    Random random(seed);
+    Report report(name);
+    check(*instruction_set(name)->rows, random, report);
+    std::printf("%-12s %d checks, %d failures\n", name.c_str(), report.num_checks(), report.num_failures());
+    right = report.num_failures() == 0 && right;
   }
   return right ? 0 : 1;
 }

@@ -36,7 +36,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-matrix, summary, baseline = script("matrix.py"), script("summary.py"), script("check_baseline_isa.py")
+matrix, summary, sets = script("matrix.py"), script("summary.py"), script("check_instruction_sets.py")
 
 
 def plan_of(suite: str, num_parts: int, stage: str = "per-commit") -> dict[str, Any]:
@@ -302,31 +302,57 @@ Disassembly of section .text:
     ],
 )
 def test_instructions_beyond_the_baseline(tmp_path: Path, instruction: str, is_found: bool) -> None:
-    """A stand-in prints the listing, so that this needs neither a compiler nor binutils."""
-    listing, stand_in = tmp_path / "listing", tmp_path / "objdump"
-    listing.write_text(LISTING.format(instruction=instruction), "utf-8")
-    stand_in.write_text(f'#!/bin/sh\ncat "{listing}"\n', "utf-8")
-    stand_in.chmod(0o755)
-    done = checked("a.o", "--objdump", str(stand_in))
-    assert done.returncode == (baseline.FOUND if is_found else baseline.CLEAN), done.stdout + done.stderr
+    done = checked("a.o", "--objdump", printing(tmp_path, instruction))
+    assert done.returncode == (sets.FOUND if is_found else sets.CLEAN), done.stdout + done.stderr
     if is_found:
         assert "add(float*, float*): " + " ".join(instruction.split()) in done.stdout
 
 
+# Each with the sets whose objects may hold it.
+HELD = {
+    "vpaddd %ymm1,%ymm0,%ymm0": {"avx2", "avx_vnni", "avx512", "avx512_bf16", "amx"},
+    "{vex} vpdpbusd %ymm1,%ymm0,%ymm2": {"avx_vnni"},
+    "vpaddd %ymm1,%ymm16,%ymm0": {"avx512", "avx512_bf16", "amx"},
+    "vpdpbusd %zmm1,%zmm0,%zmm2": {"avx512", "avx512_bf16", "amx"},
+    "vpdpbusd %ymm1,%ymm0,%ymm2": {"avx512", "avx512_bf16", "amx"},
+    "vdpbf16ps %zmm1,%zmm0,%zmm2": {"avx512_bf16", "amx"},
+    "vcvtneps2bf16 %zmm1,%ymm0": {"avx512_bf16", "amx"},
+    "tdpbssd %tmm2,%tmm1,%tmm0": {"amx"},
+    "ldtilecfg (%rax)": {"amx"},
+    "tilerelease": {"amx"},
+}
+
+
+@pytest.mark.parametrize("instruction", HELD)
+def test_instructions_beyond_a_set(tmp_path: Path, instruction: str) -> None:
+    for name in ("avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon"):
+        done = checked(f"dir/product_{name}.cpp.o", "--objdump", printing(tmp_path, instruction))
+        assert done.returncode == (sets.CLEAN if name in HELD[instruction] else sets.FOUND), (name, done.stdout)
+
+
+def printing(folder: Path, instruction: str) -> str:
+    """A stand-in for objdump that prints a listing, so that tests need neither a compiler nor binutils."""
+    listing, stand_in = folder / "listing", folder / "objdump"
+    listing.write_text(LISTING.format(instruction=instruction), "utf-8")
+    stand_in.write_text(f'#!/bin/sh\ncat "{listing}"\n', "utf-8")
+    stand_in.chmod(0o755)
+    return str(stand_in)
+
+
 def checked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "check_baseline_isa.py"), *arguments]
+    command = [sys.executable, str(SCRIPTS / "check_instruction_sets.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_a_check_that_cannot_be_made_is_no_success(tmp_path: Path) -> None:
-    assert checked().returncode == baseline.UNUSABLE
+    assert checked().returncode == sets.UNUSABLE
     missing = checked("a.o", "--objdump", "no-such-program")
-    assert missing.returncode == baseline.UNUSABLE and "install binutils" in missing.stderr
+    assert missing.returncode == sets.UNUSABLE and "install binutils" in missing.stderr
     for text in ("a.o: file format elf64-littleaarch64\n   0:\tret\n", "a.o: file format elf64-x86-64\n", ""):
         stand_in = tmp_path / "objdump"
         stand_in.write_text(f"#!/bin/sh\nprintf '{text}'\n", "utf-8")
         stand_in.chmod(0o755)
-        assert checked("a.o", "--objdump", str(stand_in)).returncode == baseline.UNUSABLE
+        assert checked("a.o", "--objdump", str(stand_in)).returncode == sets.UNUSABLE
 
 
 HAS_TOOLS = bool(shutil.which("objdump") and shutil.which("gcc")) and os.uname().machine == "x86_64"

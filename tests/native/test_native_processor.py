@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 from pathlib import Path
+from platform import machine
 from types import ModuleType
 
 import pytest
@@ -22,6 +25,8 @@ FLAGS = {
     **{f"-m{name}": name for name in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")},
     "-mavx512vnni": "avx512_vnni",
     "-mavx512bf16": "avx512_bf16",
+    "-mavxvnni": "avx_vnni",
+    **{f"-mamx-{name}": f"amx_{name}" for name in ("tile", "int8", "bf16")},
 }
 """Compiler flags of x86 and what Linux calls the same feature."""
 
@@ -48,9 +53,18 @@ def cpuinfo_flags() -> set[str]:
     return set(found[1].split()) if found else set()
 
 
+def may_use_tiles() -> bool:
+    """Whether the system grants this process AMX's tiles: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)."""
+    if sys.platform != "linux" or machine() != "x86_64":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 def test_the_build_was_read() -> None:
-    assert set(NEEDS) == {"scalar", "avx2", "avx512", "avx512_bf16", "neon"}
-    assert NEEDS["avx2"] < NEEDS["avx512"] < NEEDS["avx512_bf16"] and len(NEEDS["avx2"]) == 3
+    assert set(NEEDS) == {"scalar", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon"}
+    assert NEEDS["avx2"] < NEEDS["avx512"] < NEEDS["avx512_bf16"] < NEEDS["amx"] and len(NEEDS["avx2"]) == 3
+    assert NEEDS["avx_vnni"] == NEEDS["avx2"] | {"avx_vnni"}
     assert set().union(*NEEDS.values()) <= set(FEATURES)
 
 
@@ -58,7 +72,8 @@ def test_features_are_those_of_cpuinfo(native: ModuleType) -> None:
     told = cpuinfo_flags()
     if not told & {"sse2", "asimd"}:
         pytest.skip("this system has no /proc/cpuinfo to compare with")
-    assert features() == told & set(FEATURES)
+    usable = told if may_use_tiles() else {name for name in told if not name.startswith("amx_")}
+    assert features() == usable & set(FEATURES)
 
 
 @pytest.mark.parametrize("masked", FEATURES)

@@ -10,6 +10,7 @@ from lockstep.native.loader import extension, why_not
 FEATURES = (
     *("avx", "fma", "f16c", "avx2", "avx_vnni"),
     *("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512vbmi", "avx512_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16"),
 )
 """Every feature that the extension can tell, under the names that Linux prints in /proc/cpuinfo."""
@@ -31,7 +32,8 @@ def features(disabled: Iterable[str] = ()) -> frozenset[str]:
 def usable_instruction_sets(disabled: Iterable[str] = ()) -> tuple[str, ...]:
     """Names of the extension's instruction sets that need none but `features(disabled)`, best first.
 
-    They are "avx512_bf16", "avx512", "avx2", "neon" and, always the last, "scalar". Empty without the extension.
+    They are "amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon" and, always the last, "scalar". Empty without
+    the extension.
     """
     native = extension()
     left = features(disabled)

@@ -13,10 +13,12 @@ from lockstep.native import extension, usable_instruction_sets, why_not
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.grouped_weight import GroupedWeight
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon", "scalar")
 """Every set that the extension has kernels for, best first."""
 
-_VERIFIED_ON = {name: ("AMD EPYC (Zen 5)",) for name in (None, "avx512_bf16", "avx512", "avx2", "scalar")}
+_VERIFIED_ON = {
+    name: ("AMD EPYC (Zen 5)",) for name in (None, "avx512_bf16", "avx512", "avx_vnni", "avx2", "scalar")
+} | {"amx": ("Intel Xeon with AMX",)}
 """Processors on which the kernels of a set, or the best set of the processor (None), met their contracts."""
 
 Refuses = Callable[[Signature], str | None]

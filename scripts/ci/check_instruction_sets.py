@@ -1,10 +1,9 @@
-"""Proves that object files keep to the baseline instruction set of x86-64: no AVX, no AVX-512.
+"""Proves that object files keep to their instruction set: NAME_avx2.cpp.o to AVX2, one of no set to x86-64's baseline.
 
-    python scripts/ci/check_baseline_isa.py build/tests/csrc/CMakeFiles/lockstep_kernels.dir/*.o
+    python scripts/ci/check_instruction_sets.py build/tests/csrc/CMakeFiles/lockstep_kernels.dir/*.o
 
 A file that is compiled with the flags of a newer processor, or an inline function that came out of one, ends the whole
-program on an older processor, long before any dispatch. Give the objects that every processor runs, not those named
-after an instruction set.
+program on an older processor, long before any dispatch or right after it.
 
 Exits 0 when all are clean, 1 when one is not, 2 when objdump is missing, cannot read a file, finds no x86-64 code in
 it, or no file is given.
@@ -23,16 +22,38 @@ SHOWN = 3
 X86_64 = re.compile(r"file format (elf64|mach-o|pe)-x86-64")
 INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(\S.*)$", re.MULTILINE)
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
-AVX = re.compile(r"%[yz]mm\d|%k[0-7]\b|^vzero|^v\w+\s.*%xmm\d")
+_AVX = r"%[yz]mm\d|%k[0-7]\b|^vzero|^v\w+\s.*%xmm\d"
 """Wide registers, masks, and the AVX forms of old instructions, which touch only 128 bits and are AVX all the same."""
+_AVX512 = r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b|^vpdp"
+"""Its registers and masks, and integer products without the mark of AVX-VNNI."""
+_AVX_VNNI = r"^\{vex\} vpdp"
+_BF16 = r"^vdpbf16|^vcvtne2?ps2bf16"
+_TILES = r"%tmm\d|^(ld|st)tilecfg|^tilerelease"
+
+BEYOND = {
+    "amx": (_AVX_VNNI,),
+    "avx512_bf16": (_AVX_VNNI, _TILES),
+    "avx512": (_AVX_VNNI, _BF16, _TILES),
+    "avx_vnni": (_AVX512, _BF16, _TILES),
+    "avx2": (_AVX512, _AVX_VNNI, _BF16, _TILES),
+    "the baseline": (_AVX, _AVX_VNNI, _TILES),
+}
+"""Of each instruction set: what its objects must not hold."""
 
 
 class Unusable(Exception):
     """The check cannot be made; the text says why."""
 
 
-def violations(listing: str) -> Iterator[str]:
-    """ "FUNCTION: INSTRUCTION" for each instruction of a disassembly that the baseline does not have."""
+def instruction_set(path: str) -> str:
+    """The set that an object is compiled for: what its name ends with."""
+    stem = path.removesuffix(".o").removesuffix(".cpp")
+    return next((name for name in BEYOND if stem.endswith(f"_{name}")), "the baseline")
+
+
+def violations(listing: str, name: str) -> Iterator[str]:
+    """ "FUNCTION: INSTRUCTION" for each instruction of a disassembly that the instruction set does not have."""
+    beyond = re.compile("|".join(BEYOND[name]))
     function = "?"
     for line in listing.splitlines():
         heading = FUNCTION.match(line)
@@ -40,7 +61,7 @@ def violations(listing: str) -> Iterator[str]:
             function = heading[1]
             continue
         instruction = INSTRUCTION.match(line)
-        if instruction and AVX.search(instruction[1]):
+        if instruction and beyond.search(instruction[1]):
             yield f"{function}: {' '.join(instruction[1].split())}"
 
 
@@ -71,16 +92,17 @@ def main() -> int:
     outcome = CLEAN
     for path in given.objects:
         try:
-            found = list(violations(disassemble(given.objdump, path)))
+            name = instruction_set(path)
+            found = list(violations(disassemble(given.objdump, path), name))
         except Unusable as error:
             print(error, file=sys.stderr)
             return UNUSABLE
         if found:
             outcome = FOUND
-            print(f"{path}: {len(found)} instructions beyond the baseline")
+            print(f"{path}: {len(found)} instructions beyond {name}")
             print("\n".join(f"  {text}" for text in found[:SHOWN]))
     if outcome == CLEAN:
-        print(f"{len(given.objects)} object files keep to the baseline")
+        print(f"{len(given.objects)} object files keep to their instruction sets")
     return outcome
 
 
