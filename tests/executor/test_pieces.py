@@ -125,3 +125,18 @@ def test_pieces_hold_the_bound_kernels_and_no_others(name: str) -> None:
     assert not calls, "attention is not bound by this selector"
     sites = {(each.op, each.where) for each in engine.selector.bindings if "(head)" not in each.where}
     assert set(recorded) == sites
+
+
+def test_idle_moments_record_what_is_missing() -> None:
+    """Sizes of both kinds, smallest first, each once; nothing is recorded anew by the steps that want them."""
+    engine = Engine(layout_named("llama"), with_graphs=True, with_pieces=True)
+    assert engine.pieces.missing == list(engine.pieces.sizes) and engine.graphs.missing == [1, 2, 4, 6]
+    engine.runner.execute(plans({0: 3}, [], 0)[0])
+    num_recorded = 0
+    while engine.runner.record_next():
+        num_recorded += 1
+        assert min(engine.graphs.missing + engine.pieces.missing, default=99) > 1
+    assert num_recorded == len(engine.graphs.sizes) + len(engine.pieces.sizes) - 1
+    made = len(engine.made)
+    engine.runner.execute(decode_plan(1, {0: 3}))
+    assert len(engine.made) == made and not Engine(layout_named("llama")).runner.record_next()

@@ -17,6 +17,7 @@ from lockstep.engine.loop import EngineLoop
 from lockstep.engine.model_files import open_tokenizer
 from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
+from lockstep.executor.runner import ModelRunner
 from lockstep.formats import ModelFiles
 from lockstep.native import extension, summary
 from lockstep.ops.native import is_native
@@ -83,6 +84,15 @@ class Engine:
         """Raises EngineDead when a worker is gone, or goes in this time."""
         if self._ranks is not None:
             self._ranks.check(patience_s)
+
+    def prepare_more(self) -> bool:
+        """Does a little of what later steps would wait for; False when nothing is left to do. For idle moments.
+
+        Ranks that sum over each other record together, when a step wants it.
+        """
+        if self._ranks is not None or not isinstance(self.rank.core.executor, ModelRunner):
+            return False
+        return self.rank.core.executor.record_next()
 
     def close(self) -> None:
         """Ends the workers and removes the private folder. May be called twice."""

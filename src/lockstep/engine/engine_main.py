@@ -92,9 +92,10 @@ def _run(spec: EngineSpec, run_dir: Path, channel: _Channel) -> None:
         ]
         on_host = not engine.opened.capabilities.has_streams
         channel.send(Ready(engine.card, decisions, engine.native_kernels, on_host))
+        has_more = True
         while True:
             wait_s = 0.0
-            if not engine.loop.has_work:
+            if not engine.loop.has_work and not has_more:
                 wait_s = min(IDLE_POLL_S, engine.loop.seconds_to_deadline() or IDLE_POLL_S)
             commands = channel.receive(wait_s)
             work = []
@@ -107,6 +108,7 @@ def _run(spec: EngineSpec, run_dir: Path, channel: _Channel) -> None:
                     work.append(command)
             if not commands and not engine.loop.has_work:
                 engine.check()
+                has_more = engine.prepare_more()
             try:
                 events, answers = engine.loop.run_once(work)
             except Exception:

@@ -157,6 +157,11 @@ class DecodeGraphs:
             if size <= SMALLEST:
                 self.step(size)
 
+    @property
+    def missing(self) -> list[int]:
+        """Sizes that are not recorded yet."""
+        return [size for size in self.sizes if size not in self._recorded]
+
     def step(self, num_rows: int) -> RecordedStep:
         """The recorded step of one of the sizes."""
         if num_rows not in self._recorded:
@@ -217,6 +222,14 @@ class StepGraphs:
         """Records the steps of single tokens that nearly every use wants, so that no request waits for them."""
         if self._whole is not None:
             self._whole.record_smallest()
+
+    def record_next(self) -> bool:
+        """Records the smallest step that is not recorded yet; False when all are."""
+        missing = [(size, steps) for steps in (self._whole, self._pieces) if steps for size in steps.missing]
+        if missing:
+            size, steps = min(missing, key=lambda each: each[0])
+            steps.step(size)
+        return bool(missing)
 
     def record_largest(self) -> None:
         """Records the largest step of each kind."""

@@ -201,6 +201,11 @@ class PiecedSteps:
         )
         return step.rows, step.replay(self._attention, plan)[: inputs.num_rows]
 
+    @property
+    def missing(self) -> list[int]:
+        """Sizes that are not recorded yet."""
+        return [size for size in self.sizes if size not in self._recorded]
+
     def step(self, num_rows: int) -> PiecedStep:
         """The recorded step of one of the sizes."""
         if num_rows not in self._recorded:

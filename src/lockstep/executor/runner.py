@@ -81,6 +81,11 @@ class ModelRunner:
         with self._governor.step():
             return self._compute(plan)
 
+    @torch.inference_mode()
+    def record_next(self) -> bool:
+        """Records one more size of step as a graph, for when nothing else is to be done; False when all are there."""
+        return self._graphs is not None and self._graphs.record_next()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """One step, waited for."""
         return self.submit(plan).result()
