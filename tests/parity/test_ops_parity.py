@@ -64,7 +64,8 @@ def test_kernel_meets_its_contract(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
 def test_tolerances_reject_every_mutant(contract: Contract) -> None:
-    for seed in SEEDS:
+    # With the last of them a token once had the slot into which a mutant wrote padding, and hid it.
+    for seed in (*SEEDS, 1040453025):
         print(f"seed {seed}")
         assert check_mutants(contract, seed) == []
 

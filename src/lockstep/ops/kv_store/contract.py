@@ -68,7 +68,9 @@ def _call(
     packed = normal(g, rows, 2 * heads, head_dim, dtype=dtype, scale=size)
     num_pages = -(-2 * rows // page_size) + 1
     k_pool, v_pool = (normal(g, heads, num_pages, page_size, head_dim, dtype=pool_dtype) for _ in range(2))
-    slots = torch.randperm(num_pages * page_size, generator=g)[:rows]
+    # Beside padding nobody has the first slot: who stores padding there must not be covered by the one that has it.
+    unused = 1 if padding else 0
+    slots = torch.randperm(num_pages * page_size - unused, generator=g)[:rows] + unused
     slots[torch.randperm(rows, generator=g)[:padding]] = -1
     return rotated[:, heads:], packed[:, heads:], k_pool, v_pool, slots
 

@@ -92,7 +92,9 @@ def _call(
     angles = torch.rand(rows, head_dim // 2, generator=g) * 100
     num_pages = -(-2 * rows // page_size) + 1
     pools = (normal(g, kv_heads, num_pages, page_size, head_dim, dtype=pool_dtype) for _ in range(2))
-    slots = torch.randperm(num_pages * page_size, generator=g)[:rows]
+    # Beside padding nobody has the first slot: who stores padding there must not be covered by the one that has it.
+    unused = 1 if padding else 0
+    slots = torch.randperm(num_pages * page_size - unused, generator=g)[:rows] + unused
     slots[torch.randperm(rows, generator=g)[:padding]] = -1
     heads_TAH = packed.unflatten(1, (-1, head_dim))
     q_TNH = torch.empty(rows, heads, head_dim, dtype=pool_dtype)
