@@ -51,7 +51,49 @@ def test_every_kind_of_tile_and_the_same_bits_each_time(tile: Any, seed: int) ->
             assert torch.equal(product(x, weight, bias, tile), out)
 
 
-@pytest.mark.parametrize("rows", [2, 8, 16, 32])
+def blocks() -> list[Any]:
+    from lockstep.ops.linear.tiles import Block
+
+    return [
+        Block(32, 64, 128, 1, 1024, 4, 4),
+        Block(64, 64, 128, 4, 512, 4, 4),
+        Block(64, 128, 64, 1, 0, 4, 4),
+        Block(128, 64, 64, 8, 256, 4, 4),
+        Block(128, 128, 64, 1, 512, 8, 4),
+        Block(256, 64, 64, 2, 1024, 8, 4),
+    ]
+
+
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_every_kind_of_block_and_the_same_bits_each_time(block: Any, seed: int) -> None:
+    """Also rows, outputs and inputs that are no whole blocks: outputs of 16 bytes are what the engine can copy."""
+    from lockstep.ops.linear.blocks import block_product
+
+    for rows, outputs, inputs in ((256, 1024, 3072), (17, 1000, 4104), (200, 4096, 1024), (65, 152, 200)):
+        x, weight = drawn(seed, rows, inputs), drawn(seed + 1, outputs, inputs, scale=inputs**-0.5)
+        bias = drawn(seed + 2, outputs)
+        out = block_product(x, weight, bias, block)
+        expected = x.double() @ weight.double().T + bias.double()
+        assert_near(out, expected)
+        for _ in range(20):
+            assert torch.equal(block_product(x, weight, bias, block), out)
+        if block.splits == 1:
+            gate, up = expected.chunk(2, -1)
+            # Both factors are rounded once at the end alone.
+            assert_near(block_product(x, weight, bias, block, gated=True), torch.nn.functional.silu(gate) * up)
+
+
+def test_rows_that_lie_apart_or_start_anywhere(seed: int) -> None:
+    """Slices of wider rows, as heads are, and memory that no engine copies from."""
+    from lockstep.ops.linear.kernels.triton import linear
+
+    wide, weight = drawn(seed, 64, 4096), drawn(seed + 1, 1024, 2048, scale=2048**-0.5)
+    for first in (0, 1024, 3, 8):
+        x = wide[:, first : first + 2048]
+        assert_near(linear(x, weight), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("rows", [2, 8, 16, 32, 64, 128])
 def test_a_row_does_not_depend_on_the_rows_beside_it(rows: int, seed: int) -> None:
     from lockstep.ops.linear.kernels.triton import linear
 
@@ -80,8 +122,8 @@ class Chain:
         self.head_norm = drawn(seed, head_dim, scale=0.1) + 1
         angles = torch.rand(rows, head_dim // 2, device="cuda") * 100
         self.cos, self.sin = angles.cos(), angles.sin()
-        self.pools = [torch.zeros(kv_heads, 8, 16, head_dim, device="cuda").bfloat16() for _ in range(2)]
-        self.slots = torch.randperm(128, device="cuda")[:rows]
+        self.pools = [torch.zeros(kv_heads, 16, 16, head_dim, device="cuda").bfloat16() for _ in range(2)]
+        self.slots = torch.randperm(256, device="cuda")[:rows]
         self.shape = (rows, heads, head_dim)
 
     def run(self, kernels: dict[str, Callable[..., Any]]) -> Results:
@@ -106,7 +148,7 @@ def bound(provider: str) -> dict[str, Callable[..., Any]]:
     return {op: next(each.function for each in kernels(op) if each.provider == provider) for op in ops}
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 50, 128, 256])
 def test_a_chain_of_early_launches_waits_where_it_must(rows: int, seed: int) -> None:
     """Eager, again and again, and replayed: the same bits; and the composition's values."""
     chain = Chain(seed, rows, width=1024, inner=3072, num_blocks=6)

@@ -1,16 +1,18 @@
 """Runs the Triton kernels of a decode step in Triton's interpreter: `python interpreted.py SEED OPERATOR...`.
 
 Checks every case of each contract whose dtype the kernel takes and that is small enough. Exits 1 on a failure.
+OPERATOR/SPLITS computes its products in blocks, each of so many parts, whatever the kernel would choose.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +24,8 @@ import triton.runtime.interpreter as interpreter
 
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Case, Contract, Kernel
+from lockstep.ops.linear import blocks
+from lockstep.ops.linear.tiles import Block
 from lockstep.ops.registry import contracts, kernels
 
 MOST_PRODUCTS = 2**23
@@ -60,11 +64,27 @@ def quick_cases(contract: Contract, kernel: Kernel) -> Iterator[Case]:
             yield case
 
 
-def main(seed: int, *ops: str) -> int:
+def in_blocks(op: str, splits: int) -> Callable[[], int]:
+    """Has the operator's products computed in blocks. Returns what counts them."""
+    block = Block(rows=16, outputs=32, inputs=64, splits=splits, ahead=64, num_warps=4, num_stages=3)
+    own, counted = blocks.block_product, list[int]()
+
+    def count(*given: Any, **options: Any) -> torch.Tensor:
+        counted.append(1)
+        return own(*given, **options)
+
+    chooser: Any = importlib.import_module(f"lockstep.ops.{op}.kernels.triton")
+    chooser.tile_of = lambda *problem: block
+    blocks.block_product = count
+    return lambda: len(counted)
+
+
+def main(seed: int, *named: str) -> int:
     torch.set_num_threads(1)
     as_processors_do()
-    passed = bool(ops)
-    for op in ops:
+    passed = bool(named)
+    for op, slash, splits in (each.partition("/") for each in named):
+        num_blocks = in_blocks(op, int(splits)) if slash else None
         kernel = next(kernel for kernel in kernels(op) if kernel.provider == "triton")
         contract = contracts()[op]
         quick = partial(quick_cases, contract, kernel)
@@ -72,6 +92,9 @@ def main(seed: int, *ops: str) -> int:
         worst = f"worst {report.worst_share:.2f} in {report.worst_case}"
         print(f"{op}, seed {seed}: {report.num_cases} cases, {worst}", *report.failures[:5], sep="\n")
         passed &= report.passed
+        if num_blocks is not None:
+            print(f"in blocks: {num_blocks()}")
+            passed &= num_blocks() > 0
     return 0 if passed else 1
 
 

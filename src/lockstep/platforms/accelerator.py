@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from lockstep.platforms.base import DeviceEvent, DeviceGraph, MemoryFacts, Platform
@@ -35,13 +35,18 @@ class TorchAccelerator(Platform, abstract=True):
     def synchronize(self) -> None:
         self._module().synchronize()
 
+    @cached_property
+    def _is_queued(self) -> bool:
+        """Asked once: steps make events, and devices are slow to tell about themselves."""
+        return self.capabilities().has_streams
+
     def new_stream(self, index: int = 0) -> torch.Stream | None:
         import torch
 
-        return torch.Stream(self.device(index)) if self.capabilities().has_streams else None
+        return torch.Stream(self.device(index)) if self._is_queued else None
 
     def new_event(self, index: int = 0) -> DeviceEvent | None:
-        return StreamEvent(self._module(), index) if self.capabilities().has_streams else None
+        return StreamEvent(self._module(), index) if self._is_queued else None
 
     def _has_streams(self) -> bool:
         """True when torch gives a queue of the first device; false where the module knows nothing of queues."""

@@ -63,8 +63,9 @@ def finish_total(total: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _sum_of_parts(
+def sum_of_parts(
     total: tl.tensor,
+    part: tl.tensor,
     partial_ptr: tl.tensor,
     counter_ptr: tl.tensor,
     place: tl.tensor,
@@ -76,14 +77,14 @@ def _sum_of_parts(
 
     Parts are added in their order, whoever comes last, so that each run gives the same bits. The counter ends at zero.
     """
-    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * size + place, total, mask=mask)
+    tl.store(partial_ptr + part.to(tl.int64) * size + place, total, mask=mask)
     # Every thread's part is written before one of them says so.
     tl.debug_barrier()
     is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1
     total = tl.zeros_like(total)
     if is_last:
-        for part in tl.static_range(SPLITS):
-            total += tl.load(partial_ptr + part * size + place, mask=mask, other=0.0, cache_modifier=".cg")
+        for each in tl.static_range(SPLITS):
+            total += tl.load(partial_ptr + each * size + place, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(counter_ptr, 0)
     return total, is_last
 
@@ -137,7 +138,9 @@ def _product(
     if SPLITS > 1:
         size = num_rows.to(tl.int64) * outputs
         counter_ptr = counters_ptr + tl.program_id(0)
-        total, is_last = _sum_of_parts(total, partial_ptr, counter_ptr, place, mask, size, SPLITS)
+        total, is_last = sum_of_parts(
+            total, tl.program_id(1), partial_ptr, counter_ptr, place, mask, size, SPLITS
+        )
     if bias_ptr is not None:
         total += tl.load(bias_ptr + read).to(tl.float32)[:, None]
     if is_last:
@@ -155,7 +158,7 @@ def product(
     partial_PTO = counters = None
     if tile.splits > 1:
         partial_PTO = x_TI.new_empty((tile.splits, num_rows, outputs), dtype=torch.float32)
-        counters = _counters(x_TI.device)
+        counters = counters_of(x_TI.device)
     _product[(num_tiles, tile.splits)](
         x_TI,
         weight_OI,
@@ -181,6 +184,6 @@ def product(
 
 
 @cache
-def _counters(device: torch.device) -> torch.Tensor:
+def counters_of(device: torch.device) -> torch.Tensor:
     """How many parts of each tile were written: zeros between launches, which run one after the other."""
     return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)

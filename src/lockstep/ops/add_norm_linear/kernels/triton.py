@@ -1,4 +1,4 @@
-"""One Triton program for few rows; for more, the Triton programs of the parts around torch's linear."""
+"""One Triton program for few rows; for more, the programs of the norm, the product and its gate, which may be one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 
 from lockstep.ops.add_norm_linear.tiles import Problem, tile_of
 from lockstep.ops.contract import Kernel, Signature
-from lockstep.ops.linear.reference import linear
+from lockstep.ops.linear.kernels.triton import linear
+from lockstep.ops.linear.tiles import Block, Tile
 from lockstep.ops.rows import refuses_wide_rows
 
 
@@ -30,19 +31,22 @@ def add_norm_linear(
     """See the contract."""
     from lockstep.ops.add_norm_linear.programs import normed_product
     from lockstep.ops.add_rms_norm.programs import add_and_normalise
+    from lockstep.ops.linear.blocks import block_product, can_be_copied
     from lockstep.ops.rms_norm.programs import normalise
     from lockstep.ops.silu_and_mul.programs import SILU, activate_and_multiply
 
     outputs, inputs = weight_OD.shape
     tile = tile_of(Problem(residual_TD.shape[0], outputs, inputs, gated))
     streams = (residual_TD,) if update_TD is None else (update_TD, residual_TD)
-    if tile is not None and all(each.stride(1) == 1 for each in (*streams, weight_OD)):
+    if isinstance(tile, Tile) and all(each.stride(1) == 1 for each in (*streams, weight_OD)):
         norm = (norm_weight_D, eps)
         return normed_product(update_TD, residual_TD, norm, weight_OD, bias_O, tile, gated=gated)
     if update_TD is None:
         normed_TD, total_TD = normalise(residual_TD, norm_weight_D, eps, inputs), residual_TD
     else:
         normed_TD, total_TD = add_and_normalise(update_TD, residual_TD, norm_weight_D, eps)
+    if isinstance(tile, Block) and can_be_copied(normed_TD) and can_be_copied(weight_OD):
+        return block_product(normed_TD, weight_OD, bias_O, tile, gated=gated), total_TD
     out_TO = linear(normed_TD, weight_OD, bias_O)
     return activate_and_multiply(out_TO, SILU) if gated else out_TO, total_TD
 

@@ -1,4 +1,4 @@
-"""A Triton program for few rows, which reads the weight as fast as the device can; torch's linear for more."""
+"""Triton programs for few rows, which read the weight as fast as the device can; torch's linear for more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.linear.reference import linear as torch_linear
-from lockstep.ops.linear.tiles import tile_of
+from lockstep.ops.linear.tiles import Block, tile_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -17,13 +17,18 @@ def _refuses(signature: Signature) -> str | None:
 
 
 def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """See the contract. Where elements of a row lie apart, it is torch's linear too."""
+    """See the contract. Where rows do not lie as a program reads them, it is torch's linear too."""
     tile = tile_of(x_TI.shape[0], *weight_OI.shape)
-    if tile is None or x_TI.stride(1) != 1 or weight_OI.stride(1) != 1:
-        return torch_linear(x_TI, weight_OI, bias_O)
-    from lockstep.ops.linear.programs import product
+    if isinstance(tile, Block):
+        from lockstep.ops.linear.blocks import block_product, can_be_copied
 
-    return product(x_TI, weight_OI, bias_O, tile)
+        if can_be_copied(x_TI) and can_be_copied(weight_OI):
+            return block_product(x_TI, weight_OI, bias_O, tile)
+    elif tile is not None and x_TI.stride(1) == weight_OI.stride(1) == 1:
+        from lockstep.ops.linear.programs import product
+
+        return product(x_TI, weight_OI, bias_O, tile)
+    return torch_linear(x_TI, weight_OI, bias_O)
 
 
 KERNELS = (
