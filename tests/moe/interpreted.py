@@ -30,6 +30,7 @@ def chosen_cases(contract: Contract) -> Iterator[Case]:
         case for case in contract.cases() if not (has_products and case.signature["dtype"] == torch.bfloat16)
     ]
     yield from cases[:: EVERY[contract.name]]
+    yield from [case for case in cases if "crowded" in case.name][:1]
 
 
 def check(contract: Contract) -> None:
@@ -42,12 +43,35 @@ def check(contract: Contract) -> None:
 def check_lanes(contract: Contract) -> None:
     """The widths that only tens of thousands of tokens would choose."""
     programs = importlib.import_module(f"lockstep.ops.{contract.name}.programs")
-    from lockstep.ops.moe_topk_softmax.tiles import tile_with
-
     cases = list(contract.cases())[1::14]
-    for lanes in (2, 4):
-        programs.tile_of = lambda num_tokens, lanes=lanes: tile_with(lanes, 1)
-        check(replace(contract, cases=lambda: iter(cases)))
+    crowded = next(case for case in contract.cases() if "crowded" in case.name)
+    for number, lanes in enumerate((1, 2, 4)):
+        programs.lanes_for = lambda num_tokens, num_experts, lanes=lanes: lanes
+        check(replace(contract, cases=lambda number=number: iter([*cases[number::2], crowded])))
+    check_no_numbers(contract)
+
+
+def check_no_numbers(contract: Contract) -> None:
+    """Rows with NaN or infinities name experts all the same, and leave the rows beside them alone."""
+    route = next(kernel for kernel in kernels(contract.name) if kernel.provider == "triton").function
+    torch.manual_seed(SEED)
+    for experts, groups, top_groups in ((60, 1, 1), (9, 3, 1), (64, 4, 1)):
+        logits = torch.randn(21, experts)
+        nan = torch.tensor(float("nan"))
+        logits[3], logits[4], logits[7, ::2], logits[9, 1] = nan, -nan, nan, -nan
+        logits[11], logits[12, 0], logits[14, : experts // 2] = -torch.inf, torch.inf, -torch.inf
+        top_k = min(8, experts // groups * top_groups)
+        rest = (
+            (top_k, True)
+            if contract.name == "moe_topk_softmax"
+            else (None, top_k, groups, top_groups, True, 1.0)
+        )
+        weights, ids = route(logits, *rest)
+        assert bool(((ids >= 0) & (ids < experts)).all()), experts
+        is_plain = logits.isfinite().all(-1)
+        wanted_weights, wanted_ids = contract.reference(logits, *rest)
+        assert int(is_plain.sum()) == 14 and torch.equal(ids[is_plain], wanted_ids[is_plain]), experts
+        torch.testing.assert_close(weights[is_plain], wanted_weights[is_plain])
 
 
 def check_way(contract: Contract, way: str) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from lockstep.ops.contract import Signature
 from lockstep.ops.grouped_gemm.tiles import default_tile, rows_of
+from lockstep.ops.moe_topk_sigmoid.tiles import lanes_for as sigmoid_lanes
+from lockstep.ops.moe_topk_softmax.tiles import lanes_for as softmax_lanes
 from lockstep.ops.registry import kernels
 
 pytestmark = pytest.mark.suite("cpu")
@@ -47,11 +49,15 @@ POINTERS = {
 POINTERS |= {"x_ptr": "*bf16", "weight_ptr": "*bf16", "terms_ptr": "*bf16", "row_weights_ptr": "*fp32"}
 POINTERS |= {name: "*i32" for name in ("counts_ptr", "pairs_ptr", "block_experts_ptr", "num_rows_ptr")}
 POINTERS |= {"hidden_ptr": "*bf16", "inner_ptr": "*bf16"}
-ROUTING = {"EXPERTS": 128, "TOP_K": 8, "ROWS": 32, "LANES": 4, "RENORMALISE": True, "expert_stride": 1}
+ROUTING = {"EXPERTS": 128, "TOP_K": 8, "RENORMALISE": True, "ID_MASK": 127, "DENSE": True, "FULL": True}
+ROUTING |= {"CHUNK": 128, "ROWS": 8, "LANES": 4, "expert_stride": 1}
+IN_GROUPS = {"GROUPS": 4, "TOP_GROUPS": 2, "PLACES": 32, "SMALLEST": 1e-20}
 PROGRAMS: list[tuple[str, str, dict[str, Any]]] = [
-    ("moe_topk_softmax", "_route", ROUTING | {"NARROW": True, "FOURS": 8}),
-    ("moe_topk_softmax", "_route", ROUTING | {"NARROW": True, "FOURS": 8, "RENORMALISE": False}),
-    ("moe_topk_sigmoid", "_route", ROUTING | {"GROUPS": 4, "TOP_GROUPS": 2, "SMALLEST": 1e-20, "FOURS": 2}),
+    ("moe_topk_softmax", "_route", ROUTING | {"NARROW": True}),
+    ("moe_topk_softmax", "_route", ROUTING | {"NARROW": False, "ROWS": 16, "LANES": 2}),
+    ("moe_topk_softmax", "_route", ROUTING | {"NARROW": True, "RENORMALISE": False, "FULL": False}),
+    ("moe_topk_sigmoid", "_route", ROUTING | IN_GROUPS),
+    ("moe_topk_sigmoid", "_route", ROUTING | IN_GROUPS | {"EXPERTS": 60, "DENSE": False, "PLACES": 16}),
     ("moe_align", "_count", {"TOP_K": 8, "CHUNK": 1024, "choice_stride": 1}),
     (
         "moe_align",
@@ -134,9 +140,18 @@ def test_routers_too_large_for_lists_are_refused() -> None:
     signature: Signature = {"experts": 256, "top_k": 8, "num_groups": 8, "top_k_groups": 4}
     assert refuses(signature) is None
     assert refuses({**signature, "top_k": 9}) == "keeps the best 8 experts, not 9"
-    assert refuses({**signature, "experts": 5000}) == "tells 4096 experts apart, not 5000"
+    assert refuses({**signature, "experts": 5000}) == "reads 1024 experts, not 5000"
     assert refuses({**signature, "num_groups": 32}) is None
-    assert refuses({**signature, "num_groups": 32, "top_k_groups": 17}) == "keeps the best 16 groups, not 17"
+    assert refuses({**signature, "num_groups": 64}) == "compares 32 groups, not 64"
+
+
+def test_a_lane_keeps_what_its_registers_hold() -> None:
+    """Of every router that is not refused, whatever the number of tokens."""
+    for lanes_for in (softmax_lanes, sigmoid_lanes):
+        for experts in (1, 60, 128, 160, 256, 384, 512, 1024):
+            lanes = [lanes_for(tokens, experts) for tokens in (1, 8192, 1 << 16, 1 << 20)]
+            assert lanes == sorted(lanes, reverse=True) and set(lanes) <= {1, 2, 4, 8}
+            assert experts <= 128 * lanes[-1]
 
 
 def test_tiles_follow_the_share_of_an_expert() -> None:

@@ -30,10 +30,12 @@ class _Routing:
     has_bias: bool = True
     spread: float = 2.0
     is_strided: bool = False
+    is_crowded: bool = False
 
     def __str__(self) -> str:
         groups = f", {self.top_k_groups} of {self.num_groups} groups" * (self.num_groups > 1)
         flags = f"{' renormalised' * self.renormalise}{' biased' * self.has_bias}{' strided' * self.is_strided}"
+        flags += " crowded" * self.is_crowded
         sizes = f"{self.tokens} tokens, {self.top_k} of {self.experts}{groups}"
         return f"{sizes}, spread {self.spread}, times {self.scale}{flags}"
 
@@ -52,6 +54,8 @@ _ROUTINGS = (
     _Routing(3, 32, 4, 4, 2, has_bias=False, spread=0.0),
     _Routing(4, 64, 4, 4, 2, is_strided=True),
     _Routing(0, 64, 4, 4, 2),
+    _Routing(9, 256, 8, 8, 4, spread=0.0, is_crowded=True),
+    _Routing(9, 256, 8, spread=0.0, is_crowded=True),
 )
 
 
@@ -64,6 +68,8 @@ def _cases() -> Iterator[Case]:
 def _case(dtype: torch.dtype, routing: _Routing) -> Case:
     def make(g: torch.Generator) -> tuple[Any, ...]:
         bias = normal(g, routing.experts, dtype=torch.float32, scale=0.3) if routing.has_bias else None
+        if routing.is_crowded:
+            bias = 1 + torch.randperm(routing.experts, generator=g) // 2 * 2 * _CLEAR
         logits = torch.empty(0, routing.experts, dtype=dtype)
         while len(logits) < routing.tokens:
             row = normal(g, 1, routing.experts, dtype=dtype, scale=routing.spread)
@@ -186,6 +192,8 @@ CONTRACT = Contract(
         "highest id first": _highest_id_first,
     },
     workload=Workload(
-        "tokens, 8 of 256 experts in 4 of 8 groups, float32 logits", (1, 64, 1024, 8192, 65536, 262144), _timed
+        "tokens, 8 of 256 experts in 4 of 8 groups, float32 logits",
+        (1, 64, 1024, 8192, 65536, 262144, 1048576),
+        _timed,
     ),
 )

@@ -1,15 +1,17 @@
-"""How many rows a program of the Triton kernel routes, and how many lanes share a row."""
+"""How many lanes of a warp share a row in the Triton kernel of sigmoid routing."""
 
 from __future__ import annotations
 
-from lockstep.ops.moe_topk_softmax.tiles import Tile, tile_with
+from lockstep.ops.moe_topk_softmax import tiles
+
+LANES_FROM = ((1 << 17, 2), (0, 4))
+"""From so many tokens on, so many lanes to a row.
+
+A token of 256 float32 logits in 8 groups takes a warp 138, 151 and 194 instructions with 1, 2 and 4 lanes; one lane has
+too few registers for them, and eight lanes are more than a group of few experts can use.
+"""
 
 
-def tile_of(num_tokens: int) -> Tile:
-    """The tile for so many tokens.
-
-    Four lanes, as soon as that keeps a large device busy. On an H100, 262144 rows of 256 experts took 127 us so, 159
-    with two lanes, 178 with eight, and 65536 rows 38, 44 and 51 us; programs of four warps were a percent slower than
-    those of one. Fewer tokens are spread further, which shortens the wait for each.
-    """
-    return tile_with(4, 1) if num_tokens >= 1 << 14 else tile_with(8, 4)
+def lanes_for(num_tokens: int, num_experts: int) -> int:
+    """Lanes that share a row, of so many tokens and experts; eight at most."""
+    return tiles.lanes_for(num_tokens, num_experts, LANES_FROM)

@@ -34,6 +34,7 @@ def _cases() -> Iterator[Case]:
             for renormalise in (False, True):
                 yield _case(dtype, shape, renormalise)
         yield _case(dtype, (6, 64, 4, 3.0), True, is_strided=True)
+        yield _crowded_case(dtype)
 
 
 def _case(
@@ -49,6 +50,21 @@ def _case(
     return Case(
         f"{dtype} {tokens} tokens, {top_k} of {experts}, scale {scale}{words}",
         {"dtype": dtype, "experts": experts, "top_k": top_k, "renormalise": renormalise},
+        make,
+    )
+
+
+def _crowded_case(dtype: torch.dtype) -> Case:
+    """Rows of float32 logits that differ in their last seven bits alone; in 16 bits all of a row are equal."""
+
+    def make(g: torch.Generator) -> _Arguments:
+        steps = torch.randint(-48, 48, (20, 128), generator=g)
+        sign = torch.tensor([1.0, -1.0]).repeat(10)[:, None]
+        return (sign * (4 + steps * 2.0**-21)).to(dtype), 8, True
+
+    return Case(
+        f"{dtype} 20 tokens, 8 of 128, crowded",
+        {"dtype": dtype, "experts": 128, "top_k": 8, "renormalise": True},
         make,
     )
 
@@ -112,5 +128,7 @@ CONTRACT = Contract(
         "last expert unseen": _last_expert_unseen,
         "weights rounded to bfloat16": _weights_in_half,
     },
-    workload=Workload("tokens, 8 of 128 experts, float32 logits", (1, 64, 1024, 8192, 65536, 524288), _timed),
+    workload=Workload(
+        "tokens, 8 of 128 experts, float32 logits", (1, 64, 1024, 8192, 65536, 524288, 1048576), _timed
+    ),
 )

@@ -2,12 +2,15 @@
 
 A list is a tuple of eight tensors: element by element, eight keys in descending order. Every comparison is a maximum
 and a minimum of whole tensors, so that nothing moves between threads until lists of different lanes are merged.
-Keys are integers that order like a float and then by id, the lowest first; no two are equal. Networks: Batcher, Sorting
-networks and their applications, 1968.
+Networks: Batcher, Sorting networks and their applications, 1968.
 
-Memory is read in the flat form [ROWS, 4 LANES], whose layout puts the lanes of a row side by side in one warp. In
-[ROWS, LANES, 4] rows and lanes are equally far apart, and it depends on Triton's version which of them a warp spans:
-lists of lanes in different warps meet through shared memory and barriers.
+Keys are integers that order like a float and then by id, the lowest first; no two are equal. A wide key holds the whole
+float. A short one takes a third of the instructions; its id takes the place of the float's last bits. Floats of 16 bits
+leave that many bits free. Of others `is_near`, `is_crowded` and `has_lost` tell when it may matter, and wide keys
+are needed after all.
+
+Tensors [ROWS, LANES] lie with a few lanes, threads of one warp, to each row. Memory is read as it lies instead, whole
+rows by neighbouring threads; `apart` takes what came of it to the lanes.
 """
 
 from __future__ import annotations
@@ -15,45 +18,80 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ID_MASK = tl.constexpr(0x1FFF)
-"""A key's low bits hold ID_MASK - id. Floats of 16 bits, widened to 32, leave 13 bits free."""
-
 
 @triton.jit
-def key_of(x: tl.tensor, id: tl.tensor, NARROW: tl.constexpr) -> tl.tensor:
-    """int32 keys of values that came from 16 bits, int64 keys of float32."""
+def key_of(x: tl.tensor, id: tl.tensor, ID_MASK: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """int32 keys, or int64 ones where WIDE. ids are at most ID_MASK, a power of two less one."""
     bits = (x.to(tl.float32) + 0.0).to(tl.int32, bitcast=True)  # Adding zero makes minus zero plus zero.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    if NARROW:
-        return (ordered & ~ID_MASK) | (ID_MASK - id)
-    else:
+    if WIDE:
         return (ordered.to(tl.int64) << 32) | (ID_MASK - id)
+    else:
+        return (ordered & ~ID_MASK) | (ID_MASK - id)
 
 
 @triton.jit
-def id_of(key: tl.tensor) -> tl.tensor:
+def id_of(key: tl.tensor, ID_MASK: tl.constexpr) -> tl.tensor:
     """int32 id that a key was made with."""
     return ID_MASK - (key & ID_MASK).to(tl.int32)
 
 
 @triton.jit
-def value_of(key: tl.tensor, NARROW: tl.constexpr) -> tl.tensor:
-    """float32 value that a key was made with."""
-    if NARROW:
-        bits = key & ~ID_MASK
-        return (bits ^ ((bits >> 31) & 0x7FFFE000)).to(tl.float32, bitcast=True)
-    else:
-        bits = (key >> 32).to(tl.int32)
-        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def ids_of(keys: tl.tuple, EXPERTS: tl.constexpr, ID_MASK: tl.constexpr, COUNT: tl.constexpr) -> tl.tuple:
+    """Experts of COUNT tensors of keys. Logits that are no numbers may let padding win: those name one all the same."""
+    ids: tl.tuple = ()
+    for i in tl.static_range(COUNT):
+        ids = ids + (tl.minimum(id_of(keys[i], ID_MASK), EXPERTS - 1),)
+    return ids
 
 
 @triton.jit
-def no_key(ROWS: tl.constexpr, LANES: tl.constexpr, NARROW: tl.constexpr) -> tl.tensor:
+def value_of(key: tl.tensor, ID_MASK: tl.constexpr) -> tl.tensor:
+    """float32 value that a short key was made with, without what was lost."""
+    bits = key & ~ID_MASK
+    return (bits ^ ((bits >> 31) & (0x7FFFFFFF & ~ID_MASK))).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def no_key(ROWS: tl.constexpr, LANES: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
     """Keys [ROWS, LANES] below every other."""
-    if NARROW:
-        return tl.full((ROWS, LANES), -(1 << 31), tl.int32)
-    else:
+    if WIDE:
         return tl.full((ROWS, LANES), -(1 << 63), tl.int64)
+    else:
+        return tl.full((ROWS, LANES), -(1 << 31), tl.int32)
+
+
+@triton.jit
+def has_lost(values: tl.tuple, COUNT: tl.constexpr, ID_MASK: tl.constexpr) -> tl.tensor:
+    """Whether short keys hold less than COUNT tensors of one shape did, a scalar."""
+    bits = values[0].to(tl.int32, bitcast=True)
+    for i in tl.static_range(1, COUNT):
+        bits |= values[i].to(tl.int32, bitcast=True)
+    return tl.max(bits & ID_MASK) != 0
+
+
+@triton.jit
+def _gap(key: tl.tensor, other: tl.tensor) -> tl.tensor:
+    """How many integers lie between a key and one below it, uint32; very many where the other is not below."""
+    return (key - 1 - other).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def is_near(key: tl.tensor, others: tl.tuple, COUNT: tl.constexpr, ID_MASK: tl.constexpr) -> tl.tensor:
+    """Whether one of COUNT tensors [ROWS, ...] of short keys may be below key [ROWS] for its id alone, a scalar."""
+    smallest = _gap(key[:, None], others[0])
+    for i in tl.static_range(1, COUNT):
+        smallest = tl.minimum(smallest, _gap(key[:, None], others[i]))
+    return tl.min(smallest) <= ID_MASK
+
+
+@triton.jit
+def is_crowded(list: tl.tuple, COUNT: tl.constexpr, ID_MASK: tl.constexpr) -> tl.tensor:
+    """Whether one of the first COUNT short keys of a list may be below the one before for its id alone, a scalar."""
+    smallest = tl.full(list[0].shape, 0xFFFFFFFF, tl.uint32)
+    for i in tl.static_range(COUNT - 1):
+        smallest = tl.minimum(smallest, _gap(list[i], list[i + 1]))
+    return tl.min(smallest) <= ID_MASK
 
 
 @triton.jit
@@ -100,20 +138,6 @@ def merged_lists(a: tl.tuple, b: tl.tuple) -> tl.tuple:
 
 
 @triton.jit
-def best_eight(keys: tl.tuple, COUNT: tl.constexpr) -> tl.tuple:
-    """The list of COUNT tensors of keys, a multiple of eight."""
-    for first in tl.static_range(0, COUNT, 8):
-        eight: tl.tuple = ()
-        for i in tl.static_range(8):
-            eight = eight + (keys[first + i],)
-        if first == 0:
-            best = sorted_list(eight)
-        else:
-            best = merged_lists(best, sorted_list(eight))
-    return best
-
-
-@triton.jit
 def _merged_scalars(
     a0: tl.tensor,
     a1: tl.tensor,
@@ -137,9 +161,20 @@ def _merged_scalars(
 
 
 @triton.jit
-def merged_lanes(keys: tl.tuple) -> tl.tuple:
-    """One list [ROWS] out of the lists [ROWS, LANES] of all lanes."""
-    return tl.reduce(keys, 1, _merged_scalars)
+def best_eight(keys: tl.tuple, COUNT: tl.constexpr) -> tl.tuple:
+    """One list [ROWS] of COUNT tensors of keys [ROWS, LANES]."""
+    for first in tl.static_range(0, COUNT, 8):
+        eight: tl.tuple = ()
+        for i in tl.static_range(8):
+            if first + i < COUNT:
+                eight = eight + (keys[first + i],)
+            else:
+                eight = eight + (no_key(keys[0].shape[0], keys[0].shape[1], keys[0].dtype == tl.int64),)
+        if first == 0:
+            best = sorted_list(eight)
+        else:
+            best = merged_lists(best, sorted_list(eight))
+    return tl.reduce(best, 1, _merged_scalars)
 
 
 @triton.jit
@@ -156,14 +191,43 @@ def dealt(list: tl.tuple, lane: tl.tensor, LANES: tl.constexpr) -> tl.tuple:
 
 
 @triton.jit
-def gathered(parts: tl.tuple, ROWS: tl.constexpr, LANES: tl.constexpr) -> tl.tensor:
-    """[ROWS, 8] in the order of the list, from what was computed of its dealt parts."""
-    if LANES == 8:
-        return parts[0]
-    elif LANES == 4:
-        return tl.reshape(tl.join(parts[0], parts[1]), (ROWS, 8))
+def apart(x: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr) -> tl.tuple:
+    """COUNT tensors [ROWS, LANES] of [ROWS, LANES * COUNT]: the COUNT columns of each lane."""
+    if COUNT == 1:
+        return (x,)
     else:
-        return tl.reshape(tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3])), (ROWS, 8))
+        even, odd = tl.split(tl.reshape(x, (ROWS, LANES * COUNT // 2, 2)))
+        evens = apart(even, ROWS, LANES, COUNT // 2)
+        odds = apart(odd, ROWS, LANES, COUNT // 2)
+        out: tl.tuple = ()
+        for i in tl.static_range(COUNT // 2):
+            out = out + (evens[i], odds[i])
+        return out
+
+
+@triton.jit
+def taken_in_turn(
+    x: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr, RUN: tl.constexpr
+) -> tl.tuple:
+    """COUNT tensors [ROWS, LANES] of [ROWS, COUNT * LANES]: RUN columns to each lane, then the next ones to each."""
+    by_lane = tl.permute(tl.reshape(x, (ROWS, COUNT // RUN, LANES, RUN)), (0, 2, 1, 3))
+    return apart(tl.reshape(by_lane, (ROWS, LANES * COUNT)), ROWS, LANES, COUNT)
+
+
+@triton.jit
+def together(parts: tl.tuple, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
+    """[ROWS, LANES * COUNT] of COUNT tensors [ROWS, LANES]: the reverse of `apart`."""
+    if COUNT == 1:
+        return parts[0]
+    else:
+        evens: tl.tuple = ()
+        odds: tl.tuple = ()
+        for i in tl.static_range(COUNT // 2):
+            evens = evens + (parts[2 * i],)
+            odds = odds + (parts[2 * i + 1],)
+        even = together(evens, ROWS, LANES, COUNT // 2)
+        odd = together(odds, ROWS, LANES, COUNT // 2)
+        return tl.reshape(tl.join(even, odd), (ROWS, LANES * COUNT))
 
 
 @triton.jit
@@ -176,9 +240,46 @@ def from_first(first: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr, ALIGNE
 
 
 @triton.jit
-def elements(fours: tl.tensor, ROWS: tl.constexpr, LANES: tl.constexpr) -> tl.tuple:
-    """The four tensors [ROWS, LANES] of a flat one."""
-    even, odd = tl.split(tl.reshape(fours, (ROWS, LANES, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return (first, second, third, fourth)
+def rows_of_program(
+    num_tokens: tl.tensor, FULL: tl.constexpr, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The program's first token, int64, and its rows counted from there.
+
+    If there are ROWS tokens (FULL), the last program begins early enough to be full and repeats what others do.
+    Otherwise there is one program, and its rows past the last token repeat that one.
+    """
+    row = tl.arange(0, ROWS)
+    if FULL:
+        return tl.minimum(tl.program_id(0) * ROWS, num_tokens - ROWS).to(tl.int64), row
+    else:
+        return tl.program_id(0).to(tl.int64), tl.minimum(row, num_tokens - 1)
+
+
+@triton.jit
+def row_offsets(
+    first: tl.tensor, row: tl.tensor, stride: tl.tensor, EXPERTS: tl.constexpr, DENSE: tl.constexpr
+) -> tl.tensor:
+    """Where rows begin. DENSE: their distance is known when the program is compiled, so that one address serves all."""
+    if DENSE:
+        return first * EXPERTS + row * EXPERTS
+    else:
+        return first * stride + row.to(tl.int64) * stride
+
+
+@triton.jit
+def store_choices(
+    out_ptr: tl.tensor,
+    values: tl.tensor,
+    first: tl.tensor,
+    num_tokens: tl.tensor,
+    TOP_K: tl.constexpr,
+    FULL: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """The first TOP_K of [ROWS, 8] values, to rows of TOP_K."""
+    row = tl.arange(0, ROWS)[:, None]
+    choice = tl.arange(0, 8)[None, :]
+    mask = choice < TOP_K
+    if not FULL:
+        mask = mask & (row < num_tokens)
+    tl.store(out_ptr + first * TOP_K + row * TOP_K + choice, values, mask=mask)

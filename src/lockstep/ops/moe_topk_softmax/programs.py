@@ -1,7 +1,8 @@
 """The Triton program of softmax routing. Importing it imports Triton.
 
 The experts of a row are looked at in fours. The eight best experts lie in the eight fours with the best maxima, so that
-only one key for each four is sorted, and then the 32 experts of the winners, which are read again from the cache.
+only one key for each four is sorted, and then the 32 experts of the winners, which are read again from the cache. Keys
+are short. Where float32 logits lie so close that these cannot tell, a program chooses again by wide keys.
 Shapes: T tokens, E experts, K experts of each token.
 """
 
@@ -12,24 +13,105 @@ import triton
 import triton.language as tl
 
 from lockstep.ops.moe_topk_softmax.lists import (
+    apart,
     best_eight,
     dealt,
-    elements,
     from_first,
-    gathered,
+    has_lost,
     id_of,
+    ids_of,
+    is_crowded,
+    is_near,
     key_of,
-    merged_lanes,
-    no_key,
+    row_offsets,
+    rows_of_program,
+    store_choices,
+    together,
     value_of,
 )
-from lockstep.ops.moe_topk_softmax.tiles import tile_of
+from lockstep.ops.moe_topk_softmax.tiles import chunk_of, id_mask, lanes_for, rows_of
 
 
 @triton.jit
-def _logits(row_ptr: tl.tensor, expert: tl.tensor, stride: tl.tensor, EXPERTS: tl.constexpr) -> tl.tensor:
-    """Flat logits, minus infinity where there are no experts."""
-    return tl.load(row_ptr[:, None] + expert * stride, mask=expert < EXPERTS, other=float("-inf"))
+def _logits(
+    row_ptr: tl.tensor, expert: tl.tensor, stride: tl.tensor, EXPERTS: tl.constexpr, MASKED: tl.constexpr
+) -> tl.tensor:
+    """float32 logits; minus infinity where MASKED finds no expert."""
+    logit_ptr = row_ptr[:, None] + expert * stride
+    if MASKED:
+        return tl.load(logit_ptr, mask=expert < EXPERTS, other=float("-inf")).to(tl.float32)
+    else:
+        return tl.load(logit_ptr).to(tl.float32)
+
+
+@triton.jit
+def _maxima_of_fours(
+    row_ptr: tl.tensor,
+    stride: tl.tensor,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+) -> tl.tuple:
+    """Tensors [ROWS, LANES] of each chunk, consecutive fours of each lane. All is read before any is waited for."""
+    column = tl.arange(0, CHUNK)[None, :]
+    chunks: tl.tuple = ()
+    for first in tl.static_range(0, EXPERTS, CHUNK):
+        chunks = chunks + (_logits(row_ptr, first + column, stride, EXPERTS, first + CHUNK > EXPERTS),)
+    maxima: tl.tuple = ()
+    for i in tl.static_range((EXPERTS + CHUNK - 1) // CHUNK):
+        a, b, c, d = apart(chunks[i], ROWS, CHUNK // 4, 4)
+        four_best = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+        maxima = maxima + apart(four_best, ROWS, LANES, CHUNK // 4 // LANES)
+    return maxima
+
+
+@triton.jit
+def _best_experts(
+    row_ptr: tl.tensor,
+    maxima: tl.tuple,
+    stride: tl.tensor,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ID_MASK: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+) -> tuple[tl.tuple, tl.tensor]:
+    """The keys of the eight best experts, dealt, and whether short keys may have chosen wrong ones, a scalar."""
+    EACH: tl.constexpr = CHUNK // 4 // LANES
+    FOURS: tl.constexpr = (EXPERTS + CHUNK - 1) // CHUNK * EACH
+    IS_PADDED: tl.constexpr = EXPERTS % CHUNK != 0 or EXPERTS < 32
+    lane = tl.arange(0, LANES)[None, :]
+    four_keys: tl.tuple = ()
+    for i in tl.static_range(FOURS):
+        # A four is known by its first expert: its key is not below that of any of its experts.
+        start = i // EACH * CHUNK + 4 * (lane * EACH + i % EACH)
+        four_keys = four_keys + (key_of(maxima[i], start, ID_MASK, WIDE),)
+    fours = dealt(best_eight(four_keys, FOURS), lane, LANES)
+
+    values: tl.tuple = ()
+    flat_keys: tl.tuple = ()
+    keys: tl.tuple = ()
+    for i in tl.static_range(8 // LANES):
+        # Where there were not enough fours, and where logits are no numbers, the winner may lie past the experts.
+        start = tl.minimum(id_of(fours[i], ID_MASK), (EXPERTS + 3) // 4 * 4)
+        expert = from_first(start, ROWS, LANES, True)
+        logits = _logits(row_ptr, expert, stride, EXPERTS, IS_PADDED)
+        found = key_of(logits, expert, ID_MASK, WIDE)
+        values = values + (logits,)
+        flat_keys = flat_keys + (found,)
+        keys = keys + apart(found, ROWS, LANES, 4)
+    best = best_eight(keys, 32 // LANES)
+
+    is_doubtful = tl.full((), False, tl.int1)
+    if not WIDE:
+        last = best[TOP_K - 1]
+        is_doubtful = is_near(last, four_keys, FOURS, ID_MASK) | is_near(last, flat_keys, 8 // LANES, ID_MASK)
+        is_doubtful |= is_crowded(best, TOP_K, ID_MASK)
+        is_doubtful &= has_lost(maxima, FOURS, ID_MASK) | has_lost(values, 8 // LANES, ID_MASK)
+    return dealt(best, lane, LANES), is_doubtful
 
 
 @triton.jit
@@ -44,64 +126,57 @@ def _route(
     TOP_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
     NARROW: tl.constexpr,
-    FOURS: tl.constexpr,
+    ID_MASK: tl.constexpr,
+    DENSE: tl.constexpr,
+    FULL: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ) -> None:
-    """ROWS tokens. FOURS is how many fours each lane looks at, rounded up to whole lists."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # Rows past the last one repeat it, and are not stored.
-    row_ptr = logits_ptr + tl.minimum(token, num_tokens - 1) * token_stride
+    """ROWS tokens. NARROW: logits of 16 bits. DENSE: rows follow each other. FULL: there are ROWS tokens at least."""
+    EACH: tl.constexpr = 8 // LANES
     lane = tl.arange(0, LANES)[None, :]
-    column = tl.arange(0, 4 * LANES)[None, :]
+    first, row = rows_of_program(num_tokens, FULL, ROWS)
+    row_ptr = logits_ptr + row_offsets(first, row, token_stride, EXPERTS, DENSE)
+    maxima = _maxima_of_fours(row_ptr, expert_stride, EXPERTS, CHUNK, ROWS, LANES)
+    best, is_doubtful = _best_experts(
+        row_ptr, maxima, expert_stride, EXPERTS, TOP_K, ID_MASK, False, CHUNK, ROWS, LANES
+    )
+    ids = ids_of(best, EXPERTS, ID_MASK, EACH)
+    logits: tl.tuple = ()
+    if NARROW:
+        for i in tl.static_range(EACH):
+            logits = logits + (value_of(best[i], ID_MASK),)
+    else:
+        if is_doubtful:
+            wide, _ = _best_experts(
+                row_ptr, maxima, expert_stride, EXPERTS, TOP_K, ID_MASK, True, CHUNK, ROWS, LANES
+            )
+            ids = ids_of(wide, EXPERTS, ID_MASK, EACH)
+        for i in tl.static_range(EACH):
+            logits = logits + (tl.load(row_ptr[:, None] + ids[i] * expert_stride),)
 
-    four_keys: tl.tuple = ()
-    for i in tl.static_range(FOURS):
-        if i * LANES * 4 < EXPERTS:
-            logits = _logits(row_ptr, i * 4 * LANES + column, expert_stride, EXPERTS)
-            a, b, c, d = elements(logits.to(tl.float32), ROWS, LANES)
-            four_best = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-            four_keys = four_keys + (key_of(four_best, i * LANES + lane, NARROW),)
-        else:
-            four_keys = four_keys + (no_key(ROWS, LANES, NARROW),)
-    fours = dealt(merged_lanes(best_eight(four_keys, FOURS)), lane, LANES)
-
-    keys: tl.tuple = ()
-    for i in tl.static_range(8 // LANES):
-        # Where a lane had no four to offer, the first one past the experts: all of it is masked.
-        four = tl.minimum(id_of(fours[i]), (EXPERTS + 3) // 4)
-        expert = from_first(four * 4, ROWS, LANES, True)
-        logits = _logits(row_ptr, expert, expert_stride, EXPERTS)
-        keys = keys + elements(key_of(logits, expert, NARROW), ROWS, LANES)
-    for _ in tl.static_range(32 // LANES, 8):
-        keys = keys + (no_key(ROWS, LANES, NARROW),)
-    best = merged_lanes(best_eight(keys, max(8, 32 // LANES)))
-
-    largest = value_of(best[0], NARROW)
-    chosen = dealt(best, lane, LANES)
+    lane_largest = logits[0]
+    for i in tl.static_range(1, EACH):
+        lane_largest = tl.maximum(lane_largest, logits[i])
+    largest = tl.max(lane_largest, 1)[:, None]
     weights: tl.tuple = ()
-    ids: tl.tuple = ()
-    total = tl.zeros((ROWS, LANES), tl.float32)
-    for i in tl.static_range(8 // LANES):
-        is_chosen = lane * (8 // LANES) + i < TOP_K
-        weight = tl.where(is_chosen, tl.exp(value_of(chosen[i], NARROW) - largest[:, None]), 0.0)
+    lane_total = tl.zeros((ROWS, LANES), tl.float32)
+    for i in tl.static_range(EACH):
+        weight = tl.where(lane * EACH + i < TOP_K, tl.exp(logits[i] - largest), 0.0)
         weights = weights + (weight,)
-        # Logits that are no numbers may let padding win; an id must name an expert all the same.
-        ids = ids + (tl.minimum(id_of(chosen[i]), EXPERTS - 1),)
-        if RENORMALISE:
-            total += weight
+        lane_total += weight
+    total = tl.sum(lane_total, 1)
     if not RENORMALISE:
-        for i in tl.static_range((EXPERTS + 4 * LANES - 1) // (4 * LANES)):
-            logits = _logits(row_ptr, i * 4 * LANES + column, expert_stride, EXPERTS)
-            a, b, c, d = elements(tl.exp(logits.to(tl.float32) - largest[:, None]), ROWS, LANES)
-            total += (a + b) + (c + d)
+        total = tl.zeros((ROWS,), tl.float32)
+        for start in tl.static_range(0, EXPERTS, CHUNK):
+            expert = start + tl.arange(0, CHUNK)[None, :]
+            every = _logits(row_ptr, expert, expert_stride, EXPERTS, start + CHUNK > EXPERTS)
+            total += tl.sum(tl.exp(every - largest), 1)
 
-    choice = tl.arange(0, 8)[None, :]
-    out = token[:, None] * TOP_K + choice
-    mask = (token < num_tokens)[:, None] & (choice < TOP_K)
-    share = gathered(weights, ROWS, LANES) / tl.sum(total, 1)[:, None]
-    tl.store(weights_ptr + out, share, mask=mask)
-    tl.store(ids_ptr + out, gathered(ids, ROWS, LANES), mask=mask)
+    share = together(weights, ROWS, LANES, EACH) / total[:, None]
+    store_choices(weights_ptr, share, first, num_tokens, TOP_K, FULL, ROWS)
+    store_choices(ids_ptr, together(ids, ROWS, LANES, EACH), first, num_tokens, TOP_K, FULL, ROWS)
 
 
 def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +185,9 @@ def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch
     weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=logits_TE.device)
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits_TE.device)
     if num_tokens:
-        tile = tile_of(num_tokens)
-        _route[(triton.cdiv(num_tokens, tile.rows),)](
+        lanes = lanes_for(num_tokens, num_experts)
+        rows, chunk = rows_of(lanes), chunk_of(num_experts, lanes)
+        _route[(triton.cdiv(num_tokens, rows),)](
             logits_TE,
             weights_TK,
             ids_TK,
@@ -121,9 +197,12 @@ def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch
             TOP_K=top_k,
             RENORMALISE=renormalise,
             NARROW=logits_TE.dtype != torch.float32,
-            FOURS=triton.cdiv(num_experts, 32 * tile.lanes) * 8,
-            ROWS=tile.rows,
-            LANES=tile.lanes,
-            num_warps=tile.num_warps,
+            ID_MASK=id_mask(triton.cdiv(num_experts, chunk) * chunk),
+            DENSE=logits_TE.stride(0) == num_experts,
+            FULL=num_tokens >= rows,
+            CHUNK=chunk,
+            ROWS=rows,
+            LANES=lanes,
+            num_warps=1,
         )
     return weights_TK, ids_TK
