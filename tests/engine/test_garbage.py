@@ -7,16 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from lockstep.core.garbage import start_without_collecting
+from lockstep.core.garbage import OBJECTS_BETWEEN_COLLECTIONS, start_without_collecting
 
 pytestmark = pytest.mark.suite("cpu")
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    was_on = gc.isenabled()
+    was_on, thresholds = gc.isenabled(), gc.get_threshold()
     yield
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
     (gc.enable if was_on else gc.disable)()
 
 
@@ -28,6 +29,17 @@ def test_it_rests_inside_and_is_as_before_after(was_on: bool) -> None:
         made: list[list[int]] = [[] for _ in range(1000)]
     assert gc.isenabled() == was_on
     assert gc.get_freeze_count() >= len(made), "what was made is left alone"
+
+
+def test_steps_do_not_set_it_off() -> None:
+    gc.enable()
+    with start_without_collecting():
+        pass
+    num_before = [generation["collections"] for generation in gc.get_stats()]
+    held = [[number] for number in range(OBJECTS_BETWEEN_COLLECTIONS // 2)]
+    assert [generation["collections"] for generation in gc.get_stats()] == num_before
+    held += [[number] for number in range(OBJECTS_BETWEEN_COLLECTIONS)]
+    assert sum(generation["collections"] for generation in gc.get_stats()) > sum(num_before), "but many do"
 
 
 def test_a_start_that_fails_turns_it_on_again() -> None:

@@ -63,7 +63,7 @@ def test_silence_is_noticed_and_forgiven(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_long_step_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     monkeypatch.setattr(process_client.time, "monotonic", lambda: now_s)
-    seat = process_client._Seat(None)  # type: ignore[arg-type]
+    seat = process_client._Seat()
     monkeypatch.setattr(process_client._Seat, "is_open", True)
     seat.hear(Reply(1, stats=EngineStats(last_step_s=8.0)))
     for passed_s, expected in ((11.0, True), (31.0, True), (33.0, False)):

@@ -13,7 +13,7 @@ import torch
 
 from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceStart
-from lockstep.executor.draws import uniform
+from lockstep.executor.draws import uniforms
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.sampler import STOCK, Sampler, Sampling, SamplingKernels, explain
 from lockstep.executor.transfers import Transfers
@@ -62,6 +62,12 @@ class Rows:
         chosen = self._sampler.choose(logits_RV, Sampling(self._seq_ids, self._slots, self._positions))
         self._positions = self._positions + 1
         return chosen.token_ids_R.tolist(), [explain(best) for best in chosen.best_R.tolist()]
+
+
+def draw_of(state: SequenceStart) -> float:
+    """The random number that decides the next token."""
+    seeds = np.array([state.params.seed or 0], dtype=np.uint64)
+    return float(uniforms(seeds, np.array([len(state.token_ids)]))[0])
 
 
 def random_logits(seed: int, vocab_size: int = VOCAB_SIZE, scale: float = 3.0) -> torch.Tensor:
@@ -162,7 +168,7 @@ def test_draws_invert_the_filtered_distribution(options: dict[str, Any]) -> None
         states = [state_of(SamplingParams(seed=draw_seed, **options)) for draw_seed in range(150)]
         ordered = distribution(logits.numpy().astype(np.float64), states[0].params)
         for chosen, state in zip(choose(logits, *states), states, strict=True):
-            assert_inverts(chosen, uniform(state.params.seed or 0, len(state.token_ids)), ordered)
+            assert_inverts(chosen, draw_of(state), ordered)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9, "top_p": 0.9}], ids=str)
@@ -174,7 +180,7 @@ def test_edits_follow_the_formulas(options: dict[str, Any], filters: dict[str, A
         states = [state_of(SamplingParams(seed=each, **options, **filters), generated) for each in range(80)]
         scores = edited(logits.numpy(), states[0].params, generated)
         for chosen, state in zip(choose(logits, *states), states, strict=True):
-            draw = uniform(state.params.seed or 0, len(state.token_ids))
+            draw = draw_of(state)
             assert_inverts(chosen, draw, distribution(scores, state.params))
         greedy = state_of(SamplingParams(temperature=0.0, **options), generated)
         assert choose(logits, greedy) == [int(scores.argmax())]
@@ -207,7 +213,7 @@ def test_flat_scores_reach_the_whole_vocabulary(top_k: int) -> None:
         ordered = distribution(logits.numpy().astype(np.float64), states[0].params)
         chosen = choose(logits, *states)
         for token_id, state in zip(chosen, states, strict=True):
-            assert_inverts(token_id, uniform(state.params.seed or 0, len(state.token_ids)), ordered)
+            assert_inverts(token_id, draw_of(state), ordered)
         if top_k == 0:
             assert max(Counter(chosen).values()) < 10, "the draws do not spread"
 

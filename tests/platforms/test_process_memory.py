@@ -80,3 +80,20 @@ print(use.bytes, unused.bytes, resident_bytes(), platform.memory().held_bytes)
     taken, unused, resident, held = map(int, done.stdout.split())
     assert 60 * 2**20 < taken < 80 * 2**20 and unused < 8 * 2**20
     assert resident == pytest.approx(held, rel=0.1)
+
+
+def test_freed_memory_below_what_is_held_is_given_back() -> None:
+    program = """
+from lockstep.platforms.cpu.process_memory import give_back_freed, resident_bytes
+# Too small for mappings of their own; the last one keeps the end of the heap where it is.
+pieces = [b"x" * 100_000 for _ in range(600)]
+last = pieces.pop()
+del pieces
+before = resident_bytes()
+give_back_freed()
+print(before - resident_bytes(), last == b"x" * 100_000)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    freed, is_whole = done.stdout.split()
+    assert int(freed) > 40e6 and is_whole == "True"

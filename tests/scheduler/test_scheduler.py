@@ -380,6 +380,51 @@ def test_embedding_needs_no_sample() -> None:
     assert not scheduler.has_work
 
 
+def test_embedding_of_a_prompt_that_fills_the_context() -> None:
+    """No token follows, so no room is needed for one, however many steps the prompt takes."""
+    for num_pages in (8, 64):
+        scheduler = Scheduler(limits(chunk_tokens=12, context_length=32, num_pages=num_pages))
+        scheduler.add(request("a", range(32), pooling="last"))
+        assert [rows(step(scheduler)[0]) for _ in range(2)] == [[(0, 0, 12, False)], [(0, 12, 12, False)]]
+        _, events = step(scheduler, {0: SequenceResult(0, embedding=(1.0,))})
+        assert [event.finish_reason for event in events] == ["stop"] and not scheduler.has_work
+
+
+def test_what_comes_with_one_token_is_not_lost() -> None:
+    """Of a sequence in the middle of its answer, anything beside the token counts as it does at any other time."""
+    logprob, embedding = TokenLogprob(PLAIN, -1.0), (1.0,)
+    one, more = SequenceResult(0, (PLAIN,), (logprob,)), SequenceResult(0, (PLAIN, PLAIN), (logprob, logprob))
+    cases: list[tuple[SequenceResult, SequenceEvent]] = [
+        (one, SequenceEvent("a", 0, (PLAIN,), (logprob,))),
+        (more, SequenceEvent("a", 0, (PLAIN, PLAIN), (logprob, logprob))),
+        (
+            SequenceResult(0, (PLAIN,), (logprob,), complete=True),
+            SequenceEvent("a", 0, (PLAIN,), (logprob,), finish_reason="stop"),
+        ),
+        (
+            SequenceResult(0, (PLAIN,), error="bad"),
+            SequenceEvent("a", 0, finish_reason="error", error="bad"),
+        ),
+        (
+            SequenceResult(0, (PLAIN,), embedding=embedding),
+            SequenceEvent("a", 0, embedding=embedding, finish_reason="stop"),
+        ),
+        (
+            SequenceResult(0, (PLAIN,), prompt_logprobs=(logprob,)),
+            SequenceEvent("a", 0, (PLAIN,), prompt_logprobs=(logprob,)),
+        ),
+        (SequenceResult(0, (EOS,)), SequenceEvent("a", 0, (EOS,), finish_reason="stop", stop_token_id=EOS)),
+    ]
+    for found, expected in cases:
+        scheduler = Scheduler(limits())
+        scheduler.add(request("a", range(5), logprobs=0))
+        for _ in range(3):
+            step(scheduler)
+        plan, events = step(scheduler, {0: found})
+        assert rows(plan) == [(0, 7, 1, True)]
+        assert events == [expected]
+
+
 # -- results that come a step late
 
 
@@ -586,6 +631,18 @@ def test_result_that_answers_something_else_is_an_error(fields: dict[str, Any], 
     assert plan is not None
     with pytest.raises(IntegrityError, match="sequence 0 does not answer its slice"):
         scheduler.update(StepResult(plan.step_id, (found,)))
+
+
+def test_token_that_was_not_asked_for_is_an_error() -> None:
+    """A sequence past its prompt owes more than the step has rows for, so nothing is sampled."""
+    scheduler = Scheduler(limits(chunk_tokens=2))
+    for name in "ab":
+        scheduler.add(request(name, (1,)))
+    plan, _ = step(scheduler, {0: SequenceResult(0, (PLAIN,) * 4)})
+    plan = scheduler.plan()
+    assert plan is not None and rows(plan)[0] == (0, 1, 1, False)
+    with pytest.raises(IntegrityError, match="does not answer"):
+        scheduler.update(answer(plan, {0: SequenceResult(0, (PLAIN,))}))
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])

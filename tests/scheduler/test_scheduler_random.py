@@ -21,9 +21,11 @@ from random_driver import RandomDriver, random_limits
 from lockstep.core.errors import IntegrityError
 from lockstep.core.request import Request
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceResult, StepPlan, StepResult
+from lockstep.core.step import SequenceResult, StepPlan, StepResult, TokenSlice
 from lockstep.kv.index.page_index import PageIndex
 from lockstep.kv.index.radix_tree import RadixTree
+from lockstep.scheduler import scheduler as scheduler_module
+from lockstep.scheduler.batch import Batch
 from lockstep.scheduler.limits import SchedulerLimits
 from lockstep.scheduler.roster import Roster
 from lockstep.scheduler.scheduler import Scheduler
@@ -177,15 +179,59 @@ def _forget_what_a_preempted_one_sampled(monkeypatch: pytest.MonkeyPatch) -> Non
     preempt = Roster.preempt_worst
 
     def mutant(self: Roster) -> None:
-        self.running[-1].num_awaited = 0
+        self.running[-1].num_tokens = len(self.running[-1].token_ids)
         preempt(self)
 
     monkeypatch.setattr(Roster, "preempt_worst", mutant)
 
 
+def _go_on(monkeypatch: pytest.MonkeyPatch, though: Callable[..., bool]) -> None:
+    """One more token is taken as nothing but that in more cases than it is."""
+    only_goes_on = scheduler_module._only_goes_on
+
+    def mutant(sequence: Sequence, table: Any, piece: TokenSlice, found: SequenceResult) -> bool:
+        is_one = piece.samples and len(found.token_ids) == 1
+        return only_goes_on(sequence, table, piece, found) or (is_one and though(sequence, table, found))
+
+    monkeypatch.setattr(scheduler_module, "_only_goes_on", mutant)
+
+
+def _go_on_after_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    _go_on(monkeypatch, lambda sequence, table, found: found.token_ids[0] in sequence.stop_token_ids)
+
+
+def _go_on_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    _go_on(monkeypatch, lambda sequence, table, found: len(sequence.token_ids) + 1 >= sequence.max_tokens)
+
+
+def _go_on_before_the_prompt_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    _go_on(monkeypatch, lambda sequence, table, found: sequence.prefilling)
+
+
+def _go_on_though_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
+    _go_on(monkeypatch, lambda sequence, table, found: sequence.table is not table)
+
+
+def _plan_without_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence goes on where its pages are full."""
+    add_next = Batch.add_next
+
+    def mutant(self: Batch, sequence: Sequence) -> bool:
+        table = sequence.table
+        assert table is not None
+        num_slots, table.num_slots = table.num_slots, 10**9
+        try:
+            return add_next(self, sequence)
+        finally:
+            table.num_slots = num_slots
+
+    monkeypatch.setattr(Batch, "add_next", mutant)
+
+
 LATE_MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _plan_past_the_end,
     _forget_what_a_preempted_one_sampled,
+    _go_on_though_preempted,
 ]
 
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
@@ -196,6 +242,10 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _leak_duplicates,
     _commit_before_computing,
     _ignore_all_rows,
+    _go_on_after_a_stop,
+    _go_on_after_the_last,
+    _go_on_before_the_prompt_is_shared,
+    _plan_without_a_slot,
 ]
 
 
@@ -254,7 +304,7 @@ def test_host_cost_of_256_decoding_sequences() -> None:
     scheduler.check()
     median_ms = sorted(durations_s)[num_steps // 2] * 1000
     print(f"plan + update of {num_sequences} decoding sequences: median {median_ms:.3f} ms")
-    assert median_ms < 5.0
+    assert median_ms < 1.3, "ten times what one core of a small machine takes"
 
 
 def main() -> None:

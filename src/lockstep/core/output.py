@@ -6,8 +6,7 @@ writes to it once it was handed on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lockstep.core.request import FinishReason
 from lockstep.core.step import TokenLogprob
@@ -42,32 +41,6 @@ class RequestOutput:
     finished: bool
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     embedding: tuple[float, ...] | None = None
-
-
-def merged(outputs: Sequence[RequestOutput]) -> RequestOutput:
-    """Outputs of one request that follow each other, as one. Counts are totals, so the last one's hold."""
-    first, last = outputs[0], outputs[-1]
-    if first is last:
-        return first
-    by_choice: dict[int, list[CompletionDelta]] = {}
-    for output in outputs:
-        for delta in output.deltas:
-            by_choice.setdefault(delta.index, []).append(delta)
-    return replace(
-        last,
-        deltas=tuple(_joined(deltas) for deltas in by_choice.values()),
-        prompt_logprobs=tuple(each for output in outputs for each in output.prompt_logprobs),
-        embedding=next((output.embedding for output in outputs if output.embedding is not None), None),
-    )
-
-
-def _joined(deltas: Sequence[CompletionDelta]) -> CompletionDelta:
-    return replace(
-        deltas[-1],
-        text="".join(delta.text for delta in deltas),
-        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
-        logprobs=tuple(each for delta in deltas for each in delta.logprobs),
-    )
 
 
 @dataclass(frozen=True, slots=True)

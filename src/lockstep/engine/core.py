@@ -6,6 +6,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 
 from lockstep.core.errors import IntegrityError, InvalidRequest, LockstepError, QueueFull
 from lockstep.core.step import Executor, Pending, SequenceEvent, StepResult
@@ -86,5 +87,5 @@ def reject(request_id: str, error: LockstepError) -> Rejected:
 
 
 def _extend(digest: int, result: StepResult) -> int:
-    token_ids = array("I", [token_id for found in result.sequences for token_id in found.token_ids])
-    return zlib.crc32(token_ids, digest)
+    token_ids = chain.from_iterable([found.token_ids for found in result.sequences])
+    return zlib.crc32(array("I", token_ids), digest)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
@@ -17,10 +17,11 @@ from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.request import Request
 from lockstep.core.sampling import Grammar
-from lockstep.engine.inbox import EVENTS_PER_S, EVENTS_PER_S_ON_HOST, Inbox
+from lockstep.core.step import SequenceEvent
+from lockstep.engine.inbox import EVENTS_PER_S, EVENTS_PER_S_ON_HOST, Inbox, Turns
 from lockstep.engine.messages import Abort, AskStats, Event, FlushCache, Rejected, Reply, Sequences, Submit
 from lockstep.engine.model_files import open_files, open_tokenizer
-from lockstep.engine.output import OutputProcessor
+from lockstep.engine.output import RequestStream
 from lockstep.engine.rejection import rejection
 from lockstep.engine.replica import Replica
 from lockstep.features.grammar import GrammarCompiler
@@ -41,9 +42,8 @@ SHUTTING_DOWN = "the server is shutting down"
 class _Seat:
     """The place of one replica: its process now, what it owes, and its restarts."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self) -> None:
         self.replica: Replica | None = None
-        self.processor = OutputProcessor(tokenizer)
         self.inboxes: dict[str, Inbox] = {}
         self.calls: dict[int, asyncio.Future[Reply]] = {}
         self._heard_s = 0.0
@@ -77,9 +77,8 @@ class _Seat:
 
     def fail(self, error: LockstepError) -> None:
         """Everybody who waits for this engine learns that it is gone."""
-        for request_id, inbox in self.inboxes.items():
-            self.processor.drop(request_id)
-            inbox.put(error)
+        for inbox in self.inboxes.values():
+            inbox.fail(error)
         for call in self.calls.values():
             if not call.done():
                 call.set_exception(error)
@@ -107,6 +106,7 @@ class ProcessClient:
         self._on_progress = on_progress
         self._numbers = itertools.count()
         self._events_per_s = EVENTS_PER_S_ON_HOST
+        self._turns = Turns(self._give_all)
         self._seats: list[_Seat] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._closing = False
@@ -136,7 +136,7 @@ class ProcessClient:
         """Opens the tokenizer here and starts the engines. Raises what stopped them."""
         self.tokenizer = await asyncio.to_thread(self._open_tokenizer)
         self._grammars = GrammarCompiler(self.tokenizer)
-        self._seats = [_Seat(self.tokenizer) for _ in range(wanted(self._given, "dp"))]
+        self._seats = [_Seat() for _ in range(wanted(self._given, "dp"))]
         started = [asyncio.Event() for _ in self._seats]
         self._keepers = [
             asyncio.create_task(self._keep(seat, event))
@@ -172,20 +172,18 @@ class ProcessClient:
                 f"a request with the id {request.request_id!r} is still running", param="request_id"
             )
         seat = self._least_loaded()
-        inbox = Inbox(self._events_per_s)
-        seat.inboxes[request.request_id] = inbox
-        seat.processor.add(request)
+        inbox = seat.inboxes[request.request_id] = Inbox(RequestStream(request, self.tokenizer))
         replica = seat.replica
         try:
             await self._send(seat, Submit(request))
             while True:
-                found = await inbox.next(sum(len(each.inboxes) for each in self._seats))
+                found = await inbox.next()
                 yield found
                 if found.finished:
                     return
         finally:
-            seat.inboxes.pop(request.request_id, None)
-            if seat.processor.drop(request.request_id) and seat.replica is replica and replica is not None:
+            del seat.inboxes[request.request_id]
+            if inbox.expects_more and seat.replica is replica and replica is not None:
                 # The reader left early. Sending cannot block, and must not be cut by the reader's cancellation.
                 with suppress(EngineDead):
                     await asyncio.shield(replica.send(Abort(request.request_id)))
@@ -309,21 +307,38 @@ class ProcessClient:
         finally:
             pinging.cancel()
 
+    def _give_all(self) -> None:
+        for seat in self._seats:
+            for inbox in seat.inboxes.values():
+                inbox.give()
+
     async def _deliver(self, event: Event, seat: _Seat, replica: Replica) -> None:
         """Gives an event to whom it concerns."""
         if isinstance(event, Sequences):
-            outputs, to_abort = seat.processor.push(event.events)
-            for output in outputs:
-                seat.inboxes[output.request_id].put(output)
-            for request_id in to_abort:
+            for request_id in _distribute(event.events, seat.inboxes):
                 await replica.send(Abort(request_id))
+            num_readers = sum(len(each.inboxes) for each in self._seats)
+            self._turns.ask(num_readers / self._events_per_s)
         elif isinstance(event, Rejected):
-            if seat.processor.drop(event.request_id):
-                seat.inboxes[event.request_id].put(rejection(event))
+            inbox = seat.inboxes.get(event.request_id)
+            if inbox is not None and inbox.expects_more:
+                inbox.fail(rejection(event))
         elif isinstance(event, Reply):
             call = seat.calls.get(event.call_id)
             if call is not None and not call.done():
                 call.set_result(event)
+
+
+def _distribute(events: Sequence[SequenceEvent], inboxes: Mapping[str, Inbox]) -> list[str]:
+    """Puts events into inboxes; the requests that the engine must be told to end. Unknown ones are ignored."""
+    to_abort = []
+    for event in events:
+        inbox = inboxes.get(event.request_id)
+        if inbox is not None and inbox.expects_more:
+            inbox.add(event)
+            if inbox.engine_unaware:
+                to_abort.append(event.request_id)
+    return to_abort
 
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +37,8 @@ from lockstep.engine.messages import (
 from lockstep.engine.ranks import new_run_dir
 
 GRACE_S = 5.0
+LAST_WORDS_S = 0.2
+"""The last events of a process may still be on their way for so long when its end is known."""
 _START_ERRORS: dict[str, type[LockstepError]] = {
     kind.__name__: kind for kind in (ConfigError, ModelFileError, OutOfMemory, KernelError, PlacementError)
 }
@@ -53,9 +56,11 @@ class Replica:
         self._options = options
         self._on_progress = on_progress
         self._run_dir: TemporaryDirectory[str] | None = None
-        self._context: zmq.asyncio.Context | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._ending: asyncio.Task[int] | None = None
+        self._arrived: deque[bytes] = deque()
+        self._has_news = asyncio.Event()
         self.last_word: Failed | None = None
 
     async def start(self) -> Ready:
@@ -63,13 +68,15 @@ class Replica:
         KernelError, PlacementError or EngineDead."""
         self._run_dir = new_run_dir()
         folder = Path(self._run_dir.name)
-        self._context = zmq.asyncio.Context()
-        self._commands = self._context.socket(zmq.PUSH)
-        self._events = self._context.socket(zmq.PULL)
+        self._context = zmq.Context()
+        self._commands = zmq.asyncio.Socket(self._context, zmq.PUSH)
+        # Read without pyzmq's futures, which take several times as long as the message they bring.
+        self._events: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         addresses = [f"ipc://{folder}/{name}" for name in ("commands", "events")]
         for socket, address in zip((self._commands, self._events), addresses, strict=True):
             socket.set_hwm(0)
             socket.bind(address)
+        asyncio.get_running_loop().add_reader(self._events.fileno(), self._take_arrived)
         spec = EngineSpec(
             {name: (given.value, given.source) for name, given in self._options.items()},
             addresses[0],
@@ -85,6 +92,7 @@ class Replica:
         )
         # One for the whole life: asyncio keeps every waiter until the process ends.
         self._ending = asyncio.create_task(self._process.wait())
+        self._ending.add_done_callback(lambda _: self._has_news.set())
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
         try:
@@ -116,21 +124,25 @@ class Replica:
 
     async def receive(self) -> Event:
         """The next event. Raises EngineDead when the process has ended and said all it had to say."""
-        arriving = asyncio.ensure_future(self._events.recv())
-        assert self._ending is not None
-        try:
-            await asyncio.wait({arriving, self._ending}, return_when=asyncio.FIRST_COMPLETED)
-            if not arriving.done():
-                # The last events of a process may still be in the socket when its end is known.
-                await asyncio.wait({arriving}, timeout=0.2)
-            if not arriving.done():
-                raise EngineDead(self._obituary())
-            event = decode_event(arriving.result())
-        finally:
-            arriving.cancel()
+        while not self._arrived:
+            self._has_news.clear()
+            try:
+                await asyncio.wait_for(self._has_news.wait(), LAST_WORDS_S if self.has_ended else None)
+            except asyncio.TimeoutError:
+                raise EngineDead(self._obituary()) from None
+        event = decode_event(self._arrived.popleft())
         if isinstance(event, Failed):
             self.last_word = event
         return event
+
+    def _take_arrived(self) -> None:
+        """Reads until nothing is left: the socket's descriptor speaks up only when something new comes."""
+        try:
+            while True:
+                self._arrived.append(self._events.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            if self._arrived:
+                self._has_news.set()
 
     async def close(self, grace_s: float = GRACE_S) -> None:
         """Asks the engine to stop, ends it after `grace_s`; removes the private folder. May be called twice."""
@@ -144,6 +156,7 @@ class Replica:
         if process is not None and process.stdin is not None:
             process.stdin.close()
         if self._context is not None:
+            asyncio.get_running_loop().remove_reader(self._events.fileno())
             self._commands.close(linger=0)
             self._events.close(linger=0)
             self._context.term()

@@ -25,7 +25,7 @@ class SamplerHook(Protocol):
         ...
 
     def active(self, seq_ids: Sequence[int]) -> bool:
-        """True when `mask` would change something for one of these."""
+        """True when it follows or constrains one of these; else it is asked and told nothing of a step."""
         ...
 
     def mask(self, seq_ids: Sequence[int], logits: torch.Tensor) -> None:

@@ -58,13 +58,14 @@ def padding_rows(num_rows: int, device: torch.device) -> StepRows:
 class StepInputs:
     """A step on the host: the facts of its rows, as StepRows has them, and its slices in the plan's order.
 
-    `owner_B` is the slot of each slice's sequence, `first_row_B` its first row.
+    `owner_B` is the slot of each slice's sequence, `first_row_B` its first row, `samples_B` whether its last decides.
     """
 
     facts_5T: np.ndarray
     spans: Spans
     owner_B: np.ndarray
     first_row_B: np.ndarray
+    samples_B: np.ndarray
 
     @property
     def last_row_B(self) -> np.ndarray:
@@ -103,15 +104,14 @@ def build_inputs(
     stage: Stage = torch.from_numpy,
 ) -> StepInputs:
     """Rows of all slices, one after the other, in the plan's order, then padding up to `num_rows` if given."""
-    states = [sequences[piece.seq_id] for piece in plan.slices]
-    owner_B = np.array([state.slot for state in states], dtype=np.int64)
+    owner_B = sequences.slots(plan.slices)
     start_B = np.array([piece.start for piece in plan.slices], dtype=np.int64)
     num_tokens_B = np.array([piece.num_tokens for piece in plan.slices], dtype=np.int64)
     end_B = num_tokens_B.cumsum()
     first_row_B = end_B - num_tokens_B
     total = int(num_tokens_B.sum())
 
-    slice_T = np.arange(len(states)).repeat(num_tokens_B)
+    slice_T = np.arange(len(owner_B)).repeat(num_tokens_B)
     owner_T = owner_B[slice_T]
     position_T = np.arange(total) - (first_row_B - start_B)[slice_T]
     page_T, at_T = np.divmod(position_T, page_size)
@@ -124,11 +124,12 @@ def build_inputs(
     facts_5T[4, :total] = owner_T
     for index in np.nonzero(start_B < sequences.num_known_S[owner_B])[0]:
         row, start, count = first_row_B[index], start_B[index], num_tokens_B[index]
-        facts_5T[0, row : row + count] = states[index].token_ids[start : start + count]
+        token_ids = sequences[plan.slices[index].seq_id].token_ids
+        facts_5T[0, row : row + count] = token_ids[start : start + count]
 
     most_pages = -(-int((start_B + num_tokens_B).max(initial=0)) // page_size)
-    samples_B = np.array([piece.samples for piece in plan.slices], dtype=np.int64)
+    samples_B = np.array([piece.samples for piece in plan.slices], dtype=bool)
     num_wanted_B = np.where(sequences.is_special_S[owner_B], num_tokens_B, samples_B)
     page_ids_BP = sequences.page_ids_SP[owner_B, :most_pages]
     spans = Spans(start_B, num_tokens_B, page_ids_BP, page_size, stage, num_wanted_B)
-    return StepInputs(facts_5T, spans, owner_B, first_row_B)
+    return StepInputs(facts_5T, spans, owner_B, first_row_B, samples_B)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from lockstep.core.errors import InvalidRequest
-from lockstep.core.step import SequenceResult, StepPlan, StepResult, TokenLogprob
+from lockstep.core.step import SequenceResult, StepPlan, StepResult
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.logprobs import ScoredTokens
 from lockstep.executor.sampler import explain
@@ -45,35 +46,49 @@ class PendingStep:
         """Waits for the event. Raises what went wrong on the device."""
         if self.event is not None:
             self.event.synchronize()
-        found = [SequenceResult(piece.seq_id) for piece in self.plan.slices]
-        for index, scores in self.findings.prompt_logprobs.items():
-            rows = tuple(row for piece in scores for row in piece.read())
-            found[index].prompt_logprobs = rows
-        for index, unit_D in self.findings.embeddings.items():
+        findings = self.findings
+        found = self._read_tokens()
+        for index, scores in findings.prompt_logprobs.items():
+            found[index].prompt_logprobs = tuple(row for piece in scores for row in piece.read())
+        for index, unit_D in findings.embeddings.items():
             found[index].embedding = tuple(unit_D.tolist())
-        self._read_tokens(found)
-        for index, error in self.findings.errors.items():
+        if findings.logprobs is not None:
+            for row, logprob in zip(findings.scored, findings.logprobs.read(), strict=True):
+                found[findings.sampled[row]].logprobs = (logprob,)
+        self._refuse_tokens(found)
+        self._tell_hooks(found)
+        for index, error in findings.errors.items():
             found[index].error = error
         return StepResult(self.plan.step_id, tuple(found))
 
-    def _read_tokens(self, found: list[SequenceResult]) -> None:
-        findings = self.findings
-        if findings.token_ids_R is None or findings.best_R is None:
-            return
-        logprobs: dict[int, TokenLogprob] = {}
-        if findings.logprobs is not None:
-            logprobs = dict(zip(findings.scored, findings.logprobs.read(), strict=True))
-        rows = zip(findings.sampled, findings.token_ids_R.tolist(), findings.best_R.tolist(), strict=True)
-        for row, (index, token_id, best) in enumerate(rows):
+    def _read_tokens(self) -> list[SequenceResult]:
+        """A result for each slice, with its token where one was sampled."""
+        findings, slices = self.findings, self.plan.slices
+        tokens_of: list[tuple[int, ...]] = [()] * len(slices)
+        if findings.token_ids_R is not None:
+            for index, token_id in zip(findings.sampled, findings.token_ids_R.tolist(), strict=True):
+                tokens_of[index] = (token_id,)
+        return [SequenceResult(piece.seq_id, tokens) for piece, tokens in zip(slices, tokens_of, strict=True)]
+
+    def _refuse_tokens(self, found: list[SequenceResult]) -> None:
+        """Puts errors in the place of tokens that were no choice."""
+        best: list[float] = [] if self.findings.best_R is None else self.findings.best_R.tolist()
+        if math.isfinite(sum(best)):
+            return  # A sum is finite only when every part of it is.
+        for index, score in zip(self.findings.sampled, best, strict=True):
+            error = explain(score)
+            if error is not None:
+                found[index].token_ids = found[index].logprobs = ()
+                found[index].error = error
+
+    def _tell_hooks(self, found: list[SequenceResult]) -> None:
+        """Tells the hooks of the tokens: an answer may be complete, or lost."""
+        hooks = [hook for hook in self.hooks if hook.active([result.seq_id for result in found])]
+        for index in self.findings.sampled if hooks else ():
             result = found[index]
-            result.error = explain(best)
-            if result.error is not None:
-                continue
-            result.token_ids = (token_id,)
-            if row in logprobs:
-                result.logprobs = (logprobs[row],)
             try:
-                # Every hook hears of the token, whatever the others say.
-                result.complete = any([hook.accept(result.seq_id, token_id) for hook in self.hooks])
+                for token_id in result.token_ids:
+                    # Every hook hears of the token, whatever the others say.
+                    result.complete = any([hook.accept(result.seq_id, token_id) for hook in hooks])
             except InvalidRequest as refusal:
                 found[index] = SequenceResult(result.seq_id, error=str(refusal))

@@ -136,7 +136,7 @@ class ModelRunner:
 
     def _find(self, plan: StepPlan, inputs: StepInputs, rows: StepRows, hidden_TD: torch.Tensor) -> Findings:
         findings = Findings()
-        samples_B = np.array([piece.samples for piece in plan.slices])
+        samples_B = inputs.samples_B.copy()
         for index in np.nonzero(self._sequences.is_special_S[inputs.owner_B])[0].tolist():
             piece, first = plan.slices[index], int(inputs.first_row_B[index])
             state = self._sequences[piece.seq_id]
@@ -188,20 +188,20 @@ class ModelRunner:
             hidden_TD, owners_R = hidden_TD.index_select(0, row_R), rows.owners_T.index_select(0, row_R)
         logits_RV = self._model.logits(hidden_TD)
         position_B = inputs.spans.num_keys_B
-        states = [self._sequences[plan.slices[index].seq_id] for index in sampled.tolist()]
-        scored = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-        # Log-probabilities are of the model's own distribution, before the sampler edits the scores.
-        untouched_RV = logits_RV[self._transfers.upload(np.array(scored))] if scored else None
-        sampling = Sampling([state.seq_id for state in states], inputs.owner_B[sampled], position_B[sampled])
-        chosen = self._sampler.choose(logits_RV, sampling)
-        self._last_tokens.keep(owners_R, chosen.token_ids_R)
         findings.sampled = sampled.tolist()
+        seq_ids = [plan.slices[index].seq_id for index in findings.sampled]
+        slot_R = inputs.owner_B[sampled]
+        scored = np.nonzero(self._sequences.is_scored_S[slot_R])[0]
+        # Log-probabilities are of the model's own distribution, before the sampler edits the scores.
+        untouched_RV = logits_RV[self._transfers.upload(scored)] if len(scored) else None
+        chosen = self._sampler.choose(logits_RV, Sampling(seq_ids, slot_R, position_B[sampled]))
+        self._last_tokens.keep(owners_R, chosen.token_ids_R)
         findings.token_ids_R = self._transfers.download(chosen.token_ids_R)
         findings.best_R = self._transfers.download(chosen.best_R)
         if untouched_RV is not None:
-            token_ids = chosen.token_ids_R[self._transfers.upload(np.array(scored))]
-            num_top = [states[row].params.logprobs or 0 for row in scored]
-            findings.scored = scored
+            token_ids = chosen.token_ids_R[self._transfers.upload(scored)]
+            findings.scored = scored.tolist()
+            num_top = [self._sequences[seq_ids[row]].params.logprobs or 0 for row in findings.scored]
             findings.logprobs = score_tokens(untouched_RV, token_ids, num_top, self._transfers)
 
 

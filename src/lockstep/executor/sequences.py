@@ -5,6 +5,7 @@ Shapes: S slots, P pages of the longest sequence. A running sequence has a slot 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from lockstep.core.request import Pooling
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import SequenceStart, StepPlan
+from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
 
 NOBODY = 0
 """The slot of padding."""
@@ -37,15 +38,17 @@ class SequenceTable:
     """Every running sequence by id, and what a step reads of many as arrays by slot; follows the plans alone.
 
     `num_known_S` counts the tokens whose ids the host has, `page_ids_SP` holds the page tables. `is_special_S` marks
-    sequences of which more is asked than their next token.
+    sequences of which more is asked than their next token, `is_scored_S` those whose next tokens are.
     """
 
     def __init__(self, max_sequences: int) -> None:
         self._states: dict[int, SequenceState] = {}
+        self._slots: dict[int, int] = {}
         self._free_slots = list(range(max_sequences, NOBODY, -1))
         self._num_pages_S = [0] * (max_sequences + 1)
         self.num_known_S = np.zeros(max_sequences + 1, dtype=np.int64)
         self.is_special_S = np.zeros(max_sequences + 1, dtype=bool)
+        self.is_scored_S = np.zeros(max_sequences + 1, dtype=bool)
         self.page_ids_SP = np.zeros((max_sequences + 1, 64), dtype=np.int32)
 
     def __getitem__(self, seq_id: int) -> SequenceState:
@@ -54,15 +57,20 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._states)
 
+    def slots(self, slices: Sequence[TokenSlice]) -> np.ndarray:
+        """The slot of each slice's sequence."""
+        slots = self._slots
+        return np.array([slots[piece.seq_id] for piece in slices], dtype=np.int64)
+
     def apply(self, plan: StepPlan) -> list[int]:
         """Drops what ended, adds what started, appends new pages. Gives the slots that were let go."""
-        left = [state.slot for seq_id in plan.ended if (state := self._states.pop(seq_id, None)) is not None]
+        left = [self._slots.pop(seq_id) for seq_id in plan.ended if self._states.pop(seq_id, None) is not None]
         self._free_slots += left
         for start in plan.started:
             self._begin(start)
         for piece in plan.slices:
             if piece.new_page_ids:
-                self._append_pages(self._states[piece.seq_id].slot, piece.new_page_ids)
+                self._append_pages(self._slots[piece.seq_id], piece.new_page_ids)
         return left
 
     def fail(self, seq_id: int, error: str) -> None:
@@ -72,7 +80,7 @@ class SequenceTable:
         self.is_special_S[state.slot] = True
 
     def _begin(self, start: SequenceStart) -> None:
-        slot = self._free_slots.pop()
+        slot = self._slots[start.seq_id] = self._free_slots.pop()
         self._states[start.seq_id] = SequenceState(
             start.seq_id,
             slot,
@@ -83,6 +91,7 @@ class SequenceTable:
         )
         self.num_known_S[slot] = len(start.token_ids)
         self.is_special_S[slot] = start.pooling is not None or start.params.prompt_logprobs is not None
+        self.is_scored_S[slot] = start.params.logprobs is not None
         self._num_pages_S[slot] = 0
         self._append_pages(slot, start.page_ids)
 

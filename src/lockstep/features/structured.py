@@ -41,7 +41,7 @@ class StructuredOutput:
 
     def active(self, seq_ids: Sequence[int]) -> bool:
         """True when one of these sequences has a grammar."""
-        return any(seq_id in self._states for seq_id in seq_ids)
+        return not self._states.keys().isdisjoint(seq_ids)
 
     def mask(self, seq_ids: Sequence[int], logits: torch.Tensor) -> None:
         """Sets, in place, the logits [rows, vocab] of what a row's grammar forbids to minus infinity."""

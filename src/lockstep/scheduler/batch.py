@@ -13,26 +13,51 @@ class Batch:
     def __init__(self, num_rows: int) -> None:
         self.rows_left = num_rows
         self.sequences: list[Sequence] = []
-        self.tables: list[PageTable] = []
         self._started: list[SequenceStart] = []
         self._slices: list[TokenSlice] = []
         self._must_land = False
 
+    @property
+    def tables(self) -> list[PageTable]:
+        """The page table of each sequence."""
+        return [sequence.table for sequence in self.sequences if sequence.table is not None]
+
     def start(self, start: SequenceStart) -> None:
         self._started.append(start)
+
+    def add_next(self, sequence: Sequence) -> bool:
+        """`add` for the many that only go on: one token is owed, it has its slot, another may follow it.
+
+        False, and nothing changed, for a running sequence of which more is to be decided.
+        """
+        start = sequence.num_computed
+        end = start + 1
+        table = sequence.table
+        assert table is not None
+        if (
+            end != sequence.num_tokens
+            or end > table.num_slots
+            or end >= sequence.max_tokens
+            or not sequence.is_plain
+        ):
+            return False
+        sequence.num_computed = end
+        sequence.num_tokens = end + 1
+        self._slices.append(TokenSlice(sequence.seq_id, start, 1, (), True))
+        self.sequences.append(sequence)
+        self.rows_left -= 1
+        return True
 
     def add(self, sequence: Sequence, num_rows: int, new_page_ids: tuple[int, ...]) -> None:
         """Computes the next `num_rows` owed tokens of a running sequence; from now on they count as computed."""
         start = sequence.num_computed
         end = sequence.num_computed = start + num_rows
-        samples = not sequence.embeds and end == len(sequence.token_ids) + sequence.num_awaited
+        samples = not sequence.embeds and end == sequence.num_tokens
         if samples:
-            sequence.num_awaited += 1
+            sequence.num_tokens += 1
             self._must_land |= sequence.must_land
-        assert sequence.table is not None
         self._slices.append(TokenSlice(sequence.seq_id, start, num_rows, new_page_ids, samples))
         self.sequences.append(sequence)
-        self.tables.append(sequence.table)
         self.rows_left -= num_rows
 
     def plan(self, step_id: int, ended: tuple[int, ...], page_copies: tuple[PageCopy, ...]) -> StepPlan:

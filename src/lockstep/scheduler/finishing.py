@@ -16,14 +16,13 @@ def take_tokens(
     a token counts only when `min_tokens` tokens precede it. `complete`, which is said after the last token,
     always finishes.
     """
-    known = sequence.token_ids
-    num_generated = sequence.num_generated
     for num_taken, token_id in enumerate(token_ids, 1):
-        known.append(token_id)
-        if token_id in sequence.stop_token_ids and num_generated >= sequence.min_tokens:
+        may_stop = sequence.num_generated >= sequence.min_tokens
+        sequence.token_ids.append(token_id)
+        sequence.num_tokens += 1
+        if token_id in sequence.stop_token_ids and may_stop:
             return num_taken, "stop", token_id
-        num_generated += 1
-        if num_generated >= sequence.max_new_tokens:
+        if len(sequence.token_ids) >= sequence.max_tokens:
             is_complete = complete and num_taken == len(token_ids)
             return num_taken, "stop" if is_complete else "length", None
     return len(token_ids), "stop" if complete else None, None

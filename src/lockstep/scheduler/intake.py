@@ -54,7 +54,8 @@ def validate(request: Request, limits: SchedulerLimits) -> None:
 def expand(request: Request, first_seq_id: int, limits: SchedulerLimits) -> RequestGroup:
     """The `params.n` sequences of a valid request; all but the first are held."""
     params = request.params
-    room = limits.max_sequence_tokens - len(request.prompt_token_ids)
+    # A prompt to embed may fill the context. The token after it never comes and needs no room.
+    room = max(1, limits.max_sequence_tokens - len(request.prompt_token_ids))
     eos = () if params.ignore_eos else limits.eos_token_ids
     stop_token_ids = frozenset(eos).union(params.stop_token_ids)
     group = RequestGroup(request)

@@ -145,8 +145,5 @@ def _check_running(sequence: Sequence) -> None:
         raise IntegrityError(f"running sequence {sequence.seq_id} computed more tokens than it has slots")
     if sequence.num_landed > len(sequence.token_ids):
         raise IntegrityError(f"running sequence {sequence.seq_id} counts tokens as computed that nobody knows")
-    if (
-        sequence.num_generated >= sequence.max_new_tokens
-        or sequence.num_generated + sequence.num_awaited > sequence.max_new_tokens
-    ):
+    if len(sequence.token_ids) >= sequence.max_tokens or sequence.num_tokens > sequence.max_tokens:
         raise IntegrityError(f"running sequence {sequence.seq_id} goes on after its last token")

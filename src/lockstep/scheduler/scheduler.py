@@ -121,15 +121,22 @@ class Scheduler:
         """
         flight = self._land(result)
         events = []
+        num_taken = 0
         for sequence, table, piece, found in zip(
             flight.sequences, flight.tables, flight.plan.slices, result.sequences, strict=True
         ):
             if sequence.ended:
                 self._totals.num_discarded_rows += piece.num_tokens
-                continue
-            event = self._take(sequence, table, piece, found)
-            if event is not None:
+            elif _only_goes_on(sequence, table, piece, found):
+                sequence.token_ids.append(found.token_ids[0])
+                sequence.num_landed = piece.start + piece.num_tokens
+                event = SequenceEvent(sequence.request_id, sequence.index, found.token_ids, found.logprobs)
+                event.num_cached_tokens = sequence.num_cached_tokens or 0
                 events.append(event)
+                num_taken += 1
+            elif (news := self._take(sequence, table, piece, found)) is not None:
+                events.append(news)
+        self._totals.num_output_tokens += num_taken
         return events
 
     def flush_cache(self) -> int:
@@ -180,30 +187,24 @@ class Scheduler:
         The preempted one is the worst, so never one that is already planned; when it is the needy one itself,
         it was the last.
         """
-        running = self._roster.running
-        preempted = False
-        position = 0
-        while position < len(running):
-            sequence = running[position]
-            if sequence.awaits_end:
-                position += 1
-                continue
-            table = sequence.table
-            assert table is not None
-            one_row_for_each_after = len(running) - position - 1
+        num_before = self._totals.num_preemptions
+        for position, sequence in enumerate(self._roster.running):
+            if not batch.add_next(sequence) and not sequence.awaits_end:
+                self._continue(sequence, position, batch)
+        return self._totals.num_preemptions > num_before
+
+    def _continue(self, sequence: Sequence, position: int, batch: Batch) -> None:
+        """Plans as many rows as the others leave, unless the sequence itself is preempted."""
+        while (table := sequence.table) is not None:
+            one_row_for_each_after = self.num_running - position - 1
             num_rows = min(sequence.num_owed, batch.rows_left - one_row_for_each_after)
             num_tokens = sequence.num_computed + num_rows
-            new_page_ids: tuple[int, ...] | None = ()
-            if num_tokens > table.num_slots:
-                new_page_ids = self._pages.grow(table, num_tokens)
-            if new_page_ids is None:
-                self._roster.preempt_worst()
-                self._totals.num_preemptions += 1
-                preempted = True
-                continue
-            batch.add(sequence, num_rows, new_page_ids)
-            position += 1
-        return preempted
+            new_page_ids = self._pages.grow(table, num_tokens) if num_tokens > table.num_slots else ()
+            if new_page_ids is not None:
+                batch.add(sequence, num_rows, new_page_ids)
+                return
+            self._roster.preempt_worst()
+            self._totals.num_preemptions += 1
 
     def _admit_waiting(self, batch: Batch) -> None:
         """Starts sequences from the front of the queue while rows, places and pages last."""
@@ -249,7 +250,7 @@ class Scheduler:
         """What the step means for one unfinished sequence; None when there is no news for the client."""
         if found.error is not None:
             return self._end(sequence, "error", error=found.error)
-        sequence.num_awaited -= piece.samples
+        sequence.num_tokens -= piece.samples
         _require_answer(sequence, piece, found)
         if sequence.table is table:  # else it was preempted since, and the slice is lost with its pages
             sequence.num_landed = piece.start + piece.num_tokens
@@ -265,7 +266,7 @@ class Scheduler:
         if reason is not None:
             self._leave(sequence, reason)
         return SequenceEvent(
-            sequence.group.request.request_id,
+            sequence.request_id,
             sequence.index,
             found.token_ids[:num_taken],
             found.logprobs[:num_taken],
@@ -295,7 +296,7 @@ class Scheduler:
         """Ends a sequence that has no new tokens, and says so."""
         self._leave(sequence, reason)
         return SequenceEvent(
-            sequence.group.request.request_id,
+            sequence.request_id,
             sequence.index,
             embedding=embedding,
             finish_reason=reason,
@@ -310,6 +311,23 @@ class Scheduler:
         self._roster.unhold(group)
         if not group.unfinished:
             self._totals.count_end_of_request(reason)
+
+
+def _only_goes_on(sequence: Sequence, table: PageTable, piece: TokenSlice, found: SequenceResult) -> bool:
+    """Whether all that happened is that a running sequence, past its prompt, has one more token and not its last."""
+    token_ids = found.token_ids
+    return (
+        len(token_ids) == 1
+        and piece.samples
+        and sequence.table is table
+        and not sequence.prefilling
+        and token_ids[0] not in sequence.stop_token_ids
+        and len(sequence.token_ids) + 1 < sequence.max_tokens
+        and found.error is None
+        and not found.complete
+        and not found.prompt_logprobs
+        and found.embedding is None
+    )
 
 
 def _require_answer(sequence: Sequence, piece: TokenSlice, found: SequenceResult) -> None:

@@ -15,8 +15,9 @@ Rank = tuple[int, int, int]
 class Sequence:
     """The tokens of one choice, and how many of them are computed. The difference is owed.
 
-    The last `num_awaited` tokens are sampled by plans in flight, so their ids are not in `token_ids` yet.
-    `num_computed` counts what plans in flight compute too, `num_landed` only what results have confirmed.
+    `num_tokens` counts those that plans in flight sample too, whose ids are not in `token_ids` yet: they are awaited.
+    `num_computed` counts what plans in flight compute too, `num_landed` only what results have confirmed. There are
+    never more than `max_tokens`, prompt included.
 
     It runs exactly while it has a page `table`. `rank` orders both the queue and the running sequences: by
     priority, then those that have run before (in order of admission), then the new ones (in order of arrival).
@@ -28,19 +29,21 @@ class Sequence:
         "ended",
         "group",
         "index",
-        "max_new_tokens",
+        "is_plain",
+        "max_tokens",
         "min_tokens",
         "must_land",
-        "num_awaited",
         "num_cached_tokens",
         "num_computed",
         "num_landed",
         "num_prompt_rows_reported",
         "num_prompt_tokens",
+        "num_tokens",
         "params",
         "prefilling",
         "priority",
         "rank",
+        "request_id",
         "seq_id",
         "stop_token_ids",
         "table",
@@ -59,20 +62,23 @@ class Sequence:
         stop_token_ids: frozenset[int],
     ) -> None:
         self.seq_id: Final = seq_id
+        self.request_id: Final = group.request.request_id
         self.group: Final = group
         self.index: Final = index
         self.params: Final = params
         self.priority: Final = priority
-        self.max_new_tokens: Final = max_new_tokens
         self.min_tokens: Final = params.min_tokens
         self.stop_token_ids: Final = stop_token_ids
         self.num_prompt_tokens: Final = len(group.request.prompt_token_ids)
+        self.max_tokens: Final = self.num_prompt_tokens + max_new_tokens
         self.token_ids = list(group.request.prompt_token_ids)
+        self.num_tokens = self.num_prompt_tokens
         self.embeds: Final = group.request.pooling is not None
         self.must_land: Final = params.grammar is not None
+        self.is_plain: Final = not self.embeds and not self.must_land
+        """Whether it samples, and nothing is decided between its tokens."""
         self.num_computed = 0
         self.num_landed = 0
-        self.num_awaited = 0
         self.ended = False
         self.rank: Rank = (priority, 1, seq_id)
         self.table: PageTable | None = None
@@ -85,13 +91,17 @@ class Sequence:
     @property
     def num_owed(self) -> int:
         """Tokens, known or awaited, that nothing computes yet."""
-        return len(self.token_ids) + self.num_awaited - self.num_computed
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_awaited(self) -> int:
+        """Tokens that plans in flight sample."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def awaits_end(self) -> bool:
         """Whether the tokens in flight are the last that it may have, so that nothing of it is to be planned."""
-        num_coming = len(self.token_ids) + self.num_awaited
-        return num_coming - self.num_prompt_tokens >= self.max_new_tokens or num_coming == self.num_computed
+        return self.num_tokens >= self.max_tokens or self.num_tokens == self.num_computed
 
     @property
     def num_generated(self) -> int:

@@ -88,8 +88,10 @@ class Gateway:
             raise InvalidRequest(f"a request with the id {group_id!r} is still running", param="request_id")
         group = self._groups[group_id] = _Group(tuple(request.request_id for request in requests), constraint)
         try:
-            async with aclosing(self._merged(group, requests)) as merged:
-                async for item in merged:
+            several = len(requests) > 1
+            source = self._merged(group, requests) if several else self._timed(group, 0, requests[0])
+            async with aclosing(source) as arriving:
+                async for item in arriving:
                     yield item
         finally:
             del self._groups[group_id]
@@ -97,20 +99,15 @@ class Gateway:
     async def _merged(
         self, group: _Group, requests: Sequence[Request]
     ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        if len(requests) == 1:
-            async with aclosing(self._timed(group, requests[0])) as only:
-                async for output in only:
-                    yield 0, output
-            return
         arrivals: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue(
             MAX_PARALLEL_PROMPTS
         )
         gate = asyncio.Semaphore(min(MAX_PARALLEL_PROMPTS, self.client.max_queued_requests))
 
         async def forward(index: int, request: Request) -> None:
-            async with aclosing(self._timed(group, request)) as outputs:
-                async for output in outputs:
-                    await arrivals.put((index, output))
+            async with aclosing(self._timed(group, index, request)) as outputs:
+                async for item in outputs:
+                    await arrivals.put(item)
 
         async def pump(index: int, request: Request) -> None:
             try:
@@ -139,14 +136,16 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _timed(self, group: _Group, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    async def _timed(
+        self, group: _Group, index: int, request: Request
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         started_s = self._clock.now_s()
         last_s: float | None = None
         async with aclosing(self.client.generate(self._with_deadline(request))) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 _raise_if_failed(output, group.constraint)
                 now_s = self._clock.now_s()
-                num_new = max((len(delta.token_ids) for delta in output.deltas), default=0)
+                num_new = max([len(delta.token_ids) for delta in output.deltas], default=0)
                 if num_new and last_s is None:
                     self.metrics.ttft_s.observe(now_s - started_s)
                 elif num_new and last_s is not None:
@@ -154,7 +153,7 @@ class Gateway:
                 last_s = now_s if num_new else last_s
                 if output.finished:
                     self.metrics.e2e_s.observe(now_s - started_s)
-                yield output
+                yield index, output
 
     def _with_deadline(self, request: Request) -> Request:
         limits_s = [limit for limit in (request.deadline_s, self.options.request_timeout_s) if limit]

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lockstep.server.errors import http_error_response
 from lockstep.server.metrics import Metrics
-from lockstep.server.wire import OUTCOME
+from lockstep.server.wire import OUTCOME, SEND_BODY
 
 OPEN_PATHS = frozenset({"/", "/health"})
 """Served without a key: the page asks for it, and a load balancer has none."""
@@ -35,6 +35,7 @@ class CountRequests:
                 status = message["status"]
             await send(message)
 
+        scope[SEND_BODY] = send
         try:
             await self._app(scope, receive, noting_status)
         finally:

@@ -11,11 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from lockstep.core.errors import InvalidRequest, LockstepError
 from lockstep.server.errors import body_of, response_of
-from lockstep.server.wire import DONE_EVENT, OUTCOME, ClientDisconnected, event, until_disconnect
+from lockstep.server.wire import DONE_EVENT, OUTCOME, SEND_BODY, ClientDisconnected, events, until_disconnect
 
 
 class EventStream(Response):
-    """Server-sent events from an async generator, which is closed when the client hangs up.
+    """Server-sent events, some in each piece, from an async generator, which is closed when the client hangs up.
 
     The status line waits for the first event: an error before it is an ordinary error response; an error
     after it is sent as an event, and the stream ends without [DONE].
@@ -23,10 +23,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -36,23 +36,23 @@ class EventStream(Response):
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        send_body: Send = scope.get(SEND_BODY, send)
         started = False
-        async with aclosing(self._events) as events:
+        async with aclosing(self._pieces) as pieces:
             try:
-                async for chunk in events:
+                async for piece in pieces:
                     if not started:
                         await send(head)
                         started = True
-                    await send(_piece(chunk))
+                    await send_body(_piece(piece))
                 last = DONE_EVENT
             except LockstepError as error:
                 if not started:
                     await response_of(error)(scope, receive, send)
                     return
                 scope[OUTCOME] = "client_error" if isinstance(error, InvalidRequest) else "server_error"
-                last = event(body_of(error))
-        await send(_piece(last))
-        await send(_piece(b"", more=False))
+                last = events([body_of(error)])
+        await send_body(_piece(last, more=False))
 
 
 def _piece(body: bytes, *, more: bool = True) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +15,10 @@ T = TypeVar("T")
 DONE_EVENT = b"data: [DONE]\n\n"
 OUTCOME = "lockstep.outcome"
 """Key of the ASGI scope under which a response leaves an outcome that its status does not show."""
+
+SEND_BODY = "lockstep.send_body"
+"""Key of the ASGI scope under which the outermost layer leaves the `send` that it was given: pieces of a body that go
+there pass no layer that only looks for the head."""
 
 
 class ClientDisconnected(Exception):
@@ -30,9 +34,9 @@ class JsonResponse(Response):
         super().__init__(msgspec.json.encode(content), status_code, dict(headers or {}))
 
 
-def event(payload: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(payload) + b"\n\n"
+def events(payloads: Iterable[Any]) -> bytes:
+    """Server-sent events, one of each payload."""
+    return b"".join([b"data: " + msgspec.json.encode(payload) + b"\n\n" for payload in payloads])
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

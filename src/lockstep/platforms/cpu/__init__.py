@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 
 from lockstep.core.capabilities import Capabilities
 from lockstep.platforms.base import MemoryFacts, MemoryUse, Platform
-from lockstep.platforms.cpu.process_memory import forget_peak, give_back_code, peak_bytes, resident_bytes
+from lockstep.platforms.cpu.process_memory import (
+    forget_peak,
+    give_back_code,
+    give_back_freed,
+    peak_bytes,
+    resident_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +129,7 @@ class CpuPlatform(Platform):
         use.bytes = max(0, (peak_bytes() if watches else resident_bytes()) - before)
 
     def settle(self) -> None:
+        give_back_freed()
         give_back_code()
 
     def device(self, index: int = 0) -> torch.device:

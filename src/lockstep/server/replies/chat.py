@@ -85,12 +85,11 @@ class ChatReply:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._usage = Usage()
 
-    def chunks(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def chunks(self, output: RequestOutput) -> list[dict[str, Any]]:
         """The chunks that one output of the engine becomes."""
         self._usage.note(0, output)
         self._prompt_logprobs += output.prompt_logprobs
-        for delta in output.deltas:
-            yield from self._choice_chunks(delta)
+        return [chunk for delta in output.deltas for chunk in self._choice_chunks(delta)]
 
     def last_chunk(self) -> dict[str, Any] | None:
         """The chunk of token counts, if it was asked for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,8 @@ class _Choice:
     def mean_logprob(self) -> float:
         return self.sum_logprob / self.num_tokens if self.num_tokens else float("-inf")
 
-    def append(self, text: str, logprobs: dict[str, list[Any]] | None) -> None:
-        self.text += text
-        for name, values in (logprobs or {}).items():
+    def extend_logprobs(self, logprobs: dict[str, list[Any]]) -> None:
+        for name, values in logprobs.items():
             self.logprobs.setdefault(name, []).extend(values)
 
 
@@ -70,12 +69,11 @@ class CompletionReply:
         self._prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in prompts]
         self._usage = Usage(counts_output=not shape.drops_output)
 
-    def chunks(self, prompt_index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
+    def chunks(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """The chunks that one output of the engine becomes."""
         self._usage.note(prompt_index, output)
         self._prompt_logprobs[prompt_index] += output.prompt_logprobs
-        for delta in output.deltas:
-            yield self._chunk([self._grow(prompt_index, delta)])
+        return [self._chunk([self._grow(prompt_index, delta)]) for delta in output.deltas]
 
     def last_chunk(self) -> dict[str, Any] | None:
         """The chunk of token counts, if it was asked for."""
@@ -104,10 +102,13 @@ class CompletionReply:
         if not self._shape.drops_output:
             text += delta.text
             tokens += [(found.token_id, found) for found in delta.logprobs]
-        choice.sum_logprob += sum(found.logprob for found in delta.logprobs)
+        choice.text += text
         choice.num_tokens += len(delta.token_ids)
-        logprobs = None if self._shape.num_logprobs is None else choice.legacy.add(tokens)
-        choice.append(text, logprobs)
+        choice.sum_logprob += sum([found.logprob for found in delta.logprobs])
+        logprobs = None
+        if self._shape.num_logprobs is not None:
+            logprobs = choice.legacy.add(tokens)
+            choice.extend_logprobs(logprobs)
         choice.finish_reason = delta.finish_reason
         if self._shape.drops_output and delta.finish_reason == "stop":
             choice.finish_reason = "length"

@@ -36,7 +36,7 @@ from lockstep.server.tools.forced import (
 )
 from lockstep.server.tools.reader import AnswerReader, TextReader
 from lockstep.server.tools.registry import choose_reader
-from lockstep.server.wire import event
+from lockstep.server.wire import events
 
 router = APIRouter()
 
@@ -130,8 +130,8 @@ async def chat_completions(http: HttpRequest, body: ChatCompletionRequest, gatew
     reply = _new_reply(gateway, request, plan, body)
     outputs = gateway.outputs(request_id, [request], constraint)
     if body.stream:
-        return EventStream(_events(outputs, reply))
-    return await answer_whole(http, outputs, lambda _, output: list(reply.chunks(output)), reply.body)
+        return EventStream(_pieces(outputs, reply))
+    return await answer_whole(http, outputs, lambda _, output: reply.chunks(output), reply.body)
 
 
 def _new_reply(gateway: Gateway, request: Request, plan: ToolPlan, body: ChatCompletionRequest) -> ChatReply:
@@ -147,10 +147,10 @@ def _new_reply(gateway: Gateway, request: Request, plan: ToolPlan, body: ChatCom
     )
 
 
-async def _events(outputs: Outputs, reply: ChatReply) -> AsyncGenerator[bytes, None]:
+async def _pieces(outputs: Outputs, reply: ChatReply) -> AsyncGenerator[bytes, None]:
     async with aclosing(outputs) as arriving:
         async for _, output in arriving:
-            for chunk in reply.chunks(output):
-                yield event(chunk)
+            if chunks := reply.chunks(output):
+                yield events(chunks)
     if last := reply.last_chunk():
-        yield event(last)
+        yield events([last])

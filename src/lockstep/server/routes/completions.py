@@ -28,7 +28,7 @@ from lockstep.server.replies.completion import CompletionReply, CompletionShape
 from lockstep.server.routes.serving import Outputs, Serving, answer_whole, prepared
 from lockstep.server.schema.completions import CompletionRequest
 from lockstep.server.streaming import EventStream
-from lockstep.server.wire import event
+from lockstep.server.wire import events
 
 DEFAULT_MAX_TOKENS = 16
 """What OpenAI's specification says for this endpoint; cut to what the context still holds."""
@@ -129,16 +129,14 @@ async def completions(http: HttpRequest, body: CompletionRequest, gateway: Servi
     reply = CompletionReply(request_id, gateway.model_name, gateway.client.tokenizer, prompts, shape)
     outputs = gateway.outputs(request_id, requests, constraint)
     if body.stream:
-        return EventStream(_events(outputs, reply))
-    return await answer_whole(
-        http, outputs, lambda index, output: list(reply.chunks(index, output)), reply.body
-    )
+        return EventStream(_pieces(outputs, reply))
+    return await answer_whole(http, outputs, reply.chunks, reply.body)
 
 
-async def _events(outputs: Outputs, reply: CompletionReply) -> AsyncGenerator[bytes, None]:
+async def _pieces(outputs: Outputs, reply: CompletionReply) -> AsyncGenerator[bytes, None]:
     async with aclosing(outputs) as arriving:
         async for index, output in arriving:
-            for chunk in reply.chunks(index, output):
-                yield event(chunk)
+            if chunks := reply.chunks(index, output):
+                yield events(chunks)
     if last := reply.last_chunk():
-        yield event(last)
+        yield events([last])

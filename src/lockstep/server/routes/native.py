@@ -27,7 +27,7 @@ from lockstep.server.replies.native import NativeReply, NativeShape
 from lockstep.server.routes.serving import Outputs, Serving, answer_whole, prepared
 from lockstep.server.schema.native import DetokenizeRequest, GenerateRequest, TokenizeRequest
 from lockstep.server.streaming import EventStream
-from lockstep.server.wire import JsonResponse, event
+from lockstep.server.wire import JsonResponse, events
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -99,15 +99,14 @@ async def generate(http: HttpRequest, body: GenerateRequest, gateway: Serving) -
     reply = NativeReply(request_id, gateway.client.tokenizer, shape)
     outputs = gateway.outputs(request_id, requests, constraint)
     if body.stream:
-        return EventStream(_events(outputs, reply))
+        return EventStream(_pieces(outputs, reply))
     return await answer_whole(http, outputs, reply.events, reply.body)
 
 
-async def _events(outputs: Outputs, reply: NativeReply) -> AsyncGenerator[bytes, None]:
+async def _pieces(outputs: Outputs, reply: NativeReply) -> AsyncGenerator[bytes, None]:
     async with aclosing(outputs) as arriving:
         async for index, output in arriving:
-            for shown in reply.events(index, output):
-                yield event(shown)
+            yield events(reply.events(index, output))
 
 
 @router.post("/tokenize")
