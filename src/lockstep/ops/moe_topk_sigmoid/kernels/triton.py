@@ -36,6 +36,7 @@ KERNELS = (
     Kernel(
         op="moe_topk_sigmoid",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=moe_topk_sigmoid,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),

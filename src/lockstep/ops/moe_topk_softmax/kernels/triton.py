@@ -33,6 +33,7 @@ KERNELS = (
     Kernel(
         op="moe_topk_softmax",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=moe_topk_softmax,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),
