@@ -17,6 +17,7 @@ from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import LMHead, VocabEmbedding
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, NormOutline
+from lockstep.parallel.placement import expect_whole
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class DecoderModel(ABC):
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Scores [R, V], the same on every rank, in float32 or in the dtype that their product rounds to."""
-        return self.head(hidden_RD)
+        return expect_whole(self.head(hidden_RD), "whoever reads the scores")
 
 
 def make_head(build: Build, config: DecoderConfig, *, soft_cap: float = 0.0) -> LMHead:
