@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from lockstep.core.output import EngineStats
 
@@ -68,30 +65,6 @@ class _EngineCollector(Collector):
         )
 
 
-class Histogram(Collector):
-    """Observed values by bucket, for one thread: several times faster than the library's, which locks two numbers.
-
-    `bounds` are the buckets' upper ends, which belong to them, in ascending order.
-    """
-
-    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
-        self._name = name
-        self._text = text
-        self._bounds = (*bounds, float("inf"))
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Adds one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        names = [floatToGoString(bound) for bound in self._bounds]
-        buckets = list(zip(names, accumulate(self._counts), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
-
-
 class Metrics:
     """Counters and histograms of the HTTP side, and the engine's snapshot beside them. Times are in seconds."""
 
@@ -116,9 +89,7 @@ class Metrics:
         )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        histogram = Histogram(f"lockstep_{name}_seconds", text, buckets)
-        self._registry.register(histogram)
-        return histogram
+        return Histogram(f"lockstep_{name}_seconds", text, buckets=buckets, registry=self._registry)
 
     def count_request(self, endpoint: str, outcome: str) -> None:
         """Adds one finished HTTP request."""

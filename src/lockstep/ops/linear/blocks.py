@@ -76,7 +76,7 @@ def _block_product(
     share = tl.cdiv(tl.cdiv(inputs, TILE_INPUTS), SPLITS) * TILE_INPUTS
     first = part * share
     end = tl.minimum(first + share, inputs)
-    # Weights are fixed: what the first neighbour asks for now, all of them find near when their rows are there.
+    # Weights are fixed: what the first neighbour asks for here, all of them find near when their rows are there.
     if PDL and AHEAD > 0:
         read = tl.minimum(output, outputs - 1)
         num_inputs = tl.where(first_row == 0, tl.minimum(end - first, AHEAD), 0)
