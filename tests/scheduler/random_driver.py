@@ -111,7 +111,8 @@ class RandomDriver:
     def _land(self) -> None:
         plan, result = self._flying.popleft()
         ended = {choice.seq_id for choice in self.choices.values() if choice.final is not None}
-        self.executor.land(plan, result, ended)
+        running = {sequence.seq_id for sequence in self.scheduler._roster.running}
+        self.executor.land(plan, result, ended, running)
         for event in self.scheduler.update(result):
             self._saw_event(event)
         self.scheduler.check()
@@ -283,6 +284,8 @@ class RandomDriver:
         self.events_seen["preemptions"] += stats.num_preemptions
         self.events_seen["recomputed"] += self.executor.num_recomputed_sequences
         self.events_seen["hit tokens"] += self.executor.num_hit_tokens
+        self.events_seen["read in their step"] += self.executor.num_pages_read_in_their_step
+        self.events_seen["read in flight"] += self.executor.num_pages_read_in_flight
         assert stats.num_host_cached_tokens == self.executor.num_host_hit_tokens
         self.events_seen["host hit tokens"] += stats.num_host_cached_tokens
         self.scheduler.flush_cache()

@@ -2,7 +2,9 @@
 
 The KV of a token depends on all tokens before it. So the content of a slot is modelled as a hash of the whole
 prefix that ends there, and each slice may run only if the slots before it hold exactly its own sequence's
-hashes. Sharing a wrong page, evicting a page in use, or writing to a shared one all show up here.
+hashes. Slices run in the order of their plan, so each may read what earlier ones of the same step write, and nothing
+that comes later. Sharing a wrong page or one that nobody computes, evicting a page in use or one that is not written
+yet, and writing to another's page all show up here.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from lockstep.core.step import (
 )
 from lockstep.scheduler.limits import SchedulerLimits
 
+NOTHING = -1
+"""What a slot holds that was not written since its page was given away."""
+FROM_HOST = -1
+"""Where a step is expected: none wrote the page, a copy did."""
+
 
 @dataclass
 class LiveSequence:
@@ -34,6 +41,8 @@ class LiveSequence:
     prefix_hashes: list[int]
     page_ids: list[int]
     num_computed: int
+    own_page_ids: set[int] = field(default_factory=set)
+    """Those that it was given empty, and may write."""
     over: bool = False
 
 
@@ -55,36 +64,47 @@ class SimulatedExecutor:
     num_hit_tokens: int = 0
     num_host_hit_tokens: int = 0
     num_discarded_rows: int = 0
+    num_pages_read_in_their_step: int = 0
+    num_pages_read_in_flight: int = 0
     _slots: dict[int, list[int]] = field(default_factory=dict)
     _host_slots: dict[int, list[int]] = field(default_factory=dict)
     _num_tables_with_page: Counter[int] = field(default_factory=Counter)
+    _written_at: dict[int, int] = field(default_factory=dict)
+    """The last step that wrote to each page, or FROM_HOST."""
+    _num_landed: int = 0
+    _suspects: set[int] = field(default_factory=set)
+    """Pages that a sequence computed which failed: no sequence may start from them."""
+    _host_suspects: set[int] = field(default_factory=set)
 
     def run(self, plan: StepPlan) -> StepResult:
         """Checks and executes one plan. The scheduler may take the answer later: see `land`."""
         for seq_id in plan.ended:
             self._forget(seq_id)
         self._copy(plan)
-        for start in plan.started:
-            self._enter(start)
         assert 1 <= plan.num_tokens <= self.limits.chunk_tokens
         assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices)
-        assert {piece.seq_id for piece in plan.slices} <= set(self.live)
+        starts = {start.seq_id: start for start in plan.started}
+        for piece in plan.slices:
+            if piece.seq_id in starts:
+                self._enter(starts.pop(piece.seq_id), plan.step_id)
+            self._prepare(piece)
+            self._write(piece, plan.step_id)
+        assert not starts, "a sequence started without a slice"
         assert all(self._has_all(seq_id) for seq_id in set(self.live) - {piece.seq_id for piece in plan.slices})
         assert len(self.live) <= self.limits.max_running_requests
-        for piece in plan.slices:
-            self._prepare(piece)
-        for piece in plan.slices:
-            self._write(piece)
         may_speculate = self.limits.max_plans_in_flight == 1 or plan.must_land
         rate = self.speculation_rate if may_speculate else 0.0
         return StepResult(plan.step_id, tuple(self._answer(piece, rate) for piece in plan.slices))
 
-    def land(self, plan: StepPlan, result: StepResult, ended: set[int]) -> None:
+    def land(self, plan: StepPlan, result: StepResult, ended: set[int], running: set[int]) -> None:
         """The scheduler is about to take the result; it discards what belongs to `ended` sequences."""
+        self._num_landed = plan.step_id + 1
         for piece, found in zip(plan.slices, result.sequences, strict=True):
             if found.seq_id in ended:
                 self.num_discarded_rows += piece.num_tokens
                 continue
+            if found.error is not None and found.seq_id in running:
+                self._suspects |= self.live[found.seq_id].own_page_ids
             self.offered[found.seq_id].extend(found.token_ids)
             if found.complete:
                 self.completed.add(found.seq_id)
@@ -94,10 +114,15 @@ class SimulatedExecutor:
         for copy in plan.page_copies:
             assert 0 <= copy.host_page_id < self.limits.num_host_pages
             if copy.to_host:
-                self._host_slots[copy.host_page_id] = list(self._slots[copy.page_id])
+                held = self._slots[copy.page_id]
+                assert NOTHING not in held, "a page is saved before it is computed"
+                self._host_slots[copy.host_page_id] = list(held)
+                _pass_on(copy.page_id, self._suspects, copy.host_page_id, self._host_suspects)
             else:
                 assert not self._num_tables_with_page[copy.page_id], "a page in use is overwritten"
                 self._slots[copy.page_id] = list(self._host_slots[copy.host_page_id])
+                self._written_at[copy.page_id] = FROM_HOST
+                _pass_on(copy.host_page_id, self._host_suspects, copy.page_id, self._suspects)
 
     def _has_all(self, seq_id: int) -> bool:
         """Whether a running sequence may go without a row: it has its last token, or its embedding, or is over."""
@@ -108,7 +133,7 @@ class SimulatedExecutor:
         embedded = start.pooling is not None and live.num_computed == len(live.token_ids)
         return live.over or embedded or len(live.token_ids) - start.num_prompt_tokens >= most
 
-    def _enter(self, start: SequenceStart) -> None:
+    def _enter(self, start: SequenceStart, step_id: int) -> None:
         assert start.seq_id not in self.live, "a sequence started twice"
         assert 0 <= start.num_cached_tokens < len(start.token_ids), "nothing is left to compute"
         on_device = len(start.page_ids) * self.limits.page_size
@@ -125,6 +150,10 @@ class SimulatedExecutor:
         self.live[start.seq_id] = live
         self._learn(live, start.token_ids)
         self._num_tables_with_page.update(start.page_ids)
+        assert self._suspects.isdisjoint(start.page_ids), "a sequence starts from what a failed one computed"
+        written_at = [self._written_at[page_id] for page_id in start.page_ids]
+        self.num_pages_read_in_their_step += written_at.count(step_id)
+        self.num_pages_read_in_flight += sum(self._num_landed <= at < step_id for at in written_at)
 
     def _forget(self, seq_id: int) -> None:
         for page_id in self.live.pop(seq_id).page_ids:
@@ -140,15 +169,15 @@ class SimulatedExecutor:
     def _prepare(self, piece: TokenSlice) -> None:
         """Everything that must hold before the step runs."""
         live = self.live[piece.seq_id]
-        live.page_ids.extend(piece.new_page_ids)
-        self._num_tables_with_page.update(piece.new_page_ids)
+        for page_id in piece.new_page_ids:
+            self._give(live, page_id)
         stop = piece.start + piece.num_tokens
         size = self.limits.page_size
         assert piece.num_tokens >= 1 and piece.start == live.num_computed
         assert stop <= len(live.page_ids) * size, "a slice has no slots"
         if live.over:
             assert self.limits.max_plans_in_flight > 1
-            live.prefix_hashes.append(-1)
+            live.prefix_hashes.append(NOTHING)
             return
         assert stop <= len(live.token_ids), "a slice computes tokens that nobody knows"
         assert piece.samples == (stop == len(live.token_ids) and live.start.pooling is None)
@@ -160,14 +189,26 @@ class SimulatedExecutor:
             written = self._slots.get(page_id, [])[: len(expected)]
             assert written == expected, f"page {page_id} does not hold tokens {first}.. of {piece}"
 
-    def _write(self, piece: TokenSlice) -> None:
+    def _give(self, live: LiveSequence, page_id: int) -> None:
+        """One more page for a sequence: with what came back from the host, or empty."""
+        assert not self._num_tables_with_page[page_id], "a page in use is given away"
+        self._num_tables_with_page[page_id] += 1
+        if len(live.page_ids) * self.limits.page_size >= live.start.num_cached_tokens:
+            live.own_page_ids.add(page_id)
+            self._slots[page_id] = [NOTHING] * self.limits.page_size
+            self._suspects.discard(page_id)
+        assert page_id not in self._suspects, "what a failed sequence computed came back from the host"
+        live.page_ids.append(page_id)
+
+    def _write(self, piece: TokenSlice, step_id: int) -> None:
         live = self.live[piece.seq_id]
         size = self.limits.page_size
         live.num_computed = piece.start + piece.num_tokens
         for position in range(piece.start, live.num_computed):
             page_id = live.page_ids[position // size]
-            assert self._num_tables_with_page[page_id] == 1, f"{piece} writes to shared page {page_id}"
-            self._slots.setdefault(page_id, [-1] * size)[position % size] = live.prefix_hashes[position]
+            assert page_id in live.own_page_ids, f"{piece} writes to another's page {page_id}"
+            self._slots[page_id][position % size] = live.prefix_hashes[position]
+            self._written_at[page_id] = step_id
 
     def _answer(self, piece: TokenSlice, speculation_rate: float) -> SequenceResult:
         live = self.live[piece.seq_id]
@@ -198,3 +239,11 @@ class SimulatedExecutor:
             prompt_logprobs,
             complete=complete,
         )
+
+
+def _pass_on(source: int, sources: set[int], target: int, targets: set[int]) -> None:
+    """The target is a member of its set exactly if the source is of its own."""
+    if source in sources:
+        targets.add(target)
+    else:
+        targets.discard(target)

@@ -108,6 +108,55 @@ def test_hit_leaves_the_last_token_to_compute() -> None:
     index.check()
 
 
+def computed(index: PageIndex, tokens: tuple[int, ...]) -> PageTable:
+    """A sequence whose tokens are computed and shared."""
+    table = index.begin(tokens)
+    assert index.grow(table, len(tokens)) is not None
+    index.commit(table, tokens, len(tokens))
+    index.check()
+    return table
+
+
+def test_what_is_withdrawn_is_found_by_nobody_and_kept_by_its_readers() -> None:
+    index = PageIndex(12, page_size=2)
+    first = computed(index, (1, 2, 3, 4))
+    bad = computed(index, (1, 2, 3, 4, 5, 6, 7, 8))
+    reader = computed(index, (1, 2, 3, 4, 5, 6, 7, 8, 9, 9))
+    assert reader.num_cached_tokens == 8 and bad.num_cached_tokens == 4
+    pages = list(reader.page_ids)
+    index.withdraw(bad)
+    index.release(bad)
+    index.check()
+    assert index.begin((1, 2, 3, 4, 5, 6, 7, 8, 9)).num_cached_tokens == 4, "what it started from stays"
+    index.release(first)
+    index.release(reader, (1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9), 12)
+    assert pages == reader.page_ids
+    index.check()
+    again = computed(index, (1, 2, 3, 4, 5, 6, 7, 8))
+    assert again.num_cached_tokens == 4 and set(again.page_ids[2:]).isdisjoint(pages)
+    index.withdraw(again)
+    index.release(again)
+    index.check()
+    assert index.begin((1, 2, 3, 4, 5, 6, 7, 8, 9)).num_cached_tokens == 4
+    assert index.flush() > 0 and index.num_pages_cached == 0
+    index.check()
+
+
+@pytest.mark.parametrize("num_host_pages", [0, 8])
+def test_what_is_withdrawn_makes_room(num_host_pages: int) -> None:
+    """Also when it is withdrawn after its sequence, and after a part of it, has gone."""
+    index = PageIndex(4, page_size=2, num_host_pages=num_host_pages)
+    bad = computed(index, (1, 2, 3, 4, 5, 6, 7, 8))
+    index.release(bad)
+    index.release(computed(index, (9, 9, 9, 9)))
+    index.withdraw(bad)
+    index.check()
+    assert index.begin((1, 2, 3, 4, 5, 6, 7, 8, 9)).num_cached_tokens == 0
+    other = index.begin((7, 7, 7, 7, 7, 7, 7, 7))
+    assert index.grow(other, 8) is not None
+    index.check()
+
+
 def test_sequence_alone_can_always_use_the_whole_pool() -> None:
     """Even when its own tokens are cached twice over and it may not read the cache."""
     index = PageIndex(4, page_size=1)

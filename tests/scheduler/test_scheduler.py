@@ -6,73 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from small_cases import EOS, PLAIN, ahead, answer, finish_all, limits, request, rows, step
 
 from lockstep.core.errors import ConfigError, IntegrityError, InvalidRequest, QueueFull
 from lockstep.core.output import EngineStats
 from lockstep.core.request import Request
-from lockstep.core.sampling import Grammar, SamplingParams
-from lockstep.core.step import SequenceEvent, SequenceResult, StepPlan, StepResult, TokenLogprob
-from lockstep.scheduler.limits import SchedulerLimits
+from lockstep.core.sampling import Grammar
+from lockstep.core.step import SequenceEvent, SequenceResult, StepResult, TokenLogprob
 from lockstep.scheduler.scheduler import Scheduler
 from lockstep.scheduler.sequence import Sequence
 
 pytestmark = pytest.mark.suite("cpu")
-
-EOS = 99
-PLAIN = 50
-"""A token that ends nothing."""
-
-
-def limits(**changes: Any) -> SchedulerLimits:
-    values: dict[str, Any] = {
-        "max_running_requests": 4,
-        "chunk_tokens": 64,
-        "max_queued_requests": 8,
-        "context_length": 64,
-        "page_size": 4,
-        "num_pages": 64,
-        "eos_token_ids": (EOS,),
-    }
-    return SchedulerLimits(**(values | changes))
-
-
-def request(name: str, prompt: range | tuple[int, ...], **fields: Any) -> Request:
-    outer = {key: fields.pop(key) for key in ("priority", "pooling") if key in fields}
-    params = SamplingParams(**({"seed": 1} | fields))
-    return Request(request_id=name, prompt_token_ids=tuple(prompt), params=params, **outer)
-
-
-Answers = dict[int, SequenceResult]
-
-
-def answer(plan: StepPlan, special: Answers | None = None) -> StepResult:
-    """One plain token for each slice that samples, unless `special` has another answer for the sequence."""
-    plain = {p.seq_id: SequenceResult(p.seq_id, (PLAIN,) if p.samples else ()) for p in plan.slices}
-    found = plain | {key: value for key, value in (special or {}).items() if key in plain}
-    return StepResult(plan.step_id, tuple(found[p.seq_id] for p in plan.slices))
-
-
-def step(scheduler: Scheduler, special: Answers | None = None) -> tuple[StepPlan, list[SequenceEvent]]:
-    plan = scheduler.plan()
-    assert plan is not None
-    scheduler.check()
-    events = scheduler.update(answer(plan, special))
-    scheduler.check()
-    return plan, events
-
-
-def rows(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
-    return [(p.seq_id, p.start, p.num_tokens, p.samples) for p in plan.slices]
-
-
-def finish_all(scheduler: Scheduler) -> list[SequenceEvent]:
-    """Steps until nothing is left."""
-    events: list[SequenceEvent] = []
-    while scheduler.has_work:
-        events += step(scheduler)[1]
-    assert scheduler.plan() is None
-    return events
-
 
 # -- chunks, decode, order
 
@@ -129,90 +73,6 @@ def test_executor_hears_of_ended_sequences_once() -> None:
     step(scheduler)
     assert step(scheduler)[0].ended == (0,)
     assert step(scheduler)[0].ended == ()
-
-
-# -- prefix cache and siblings
-
-
-def test_later_request_hits_the_prefix_of_an_earlier_one() -> None:
-    scheduler = Scheduler(limits())
-    scheduler.add(request("a", range(10)))
-    step(scheduler)
-    scheduler.add(request("b", (*range(9), 77, 78), max_tokens=1))
-    plan, events = step(scheduler)
-    start = plan.started[0]
-    assert (start.num_cached_tokens, len(start.page_ids)) == (8, 2)
-    assert rows(plan)[1] == (1, 8, 3, True)
-    assert events[1].num_cached_tokens == 8
-    stats = scheduler.stats()
-    assert (stats.num_prompt_tokens, stats.num_cached_tokens) == (21, 8)
-
-
-def test_generated_tokens_are_cached_when_a_sequence_finishes() -> None:
-    scheduler = Scheduler(limits())
-    scheduler.add(request("a", range(6), max_tokens=7))
-    finish_all(scheduler)
-    scheduler.add(request("b", (*range(6), *[PLAIN] * 7, 3)))
-    # 6 prompt tokens and 6 of the 7 generated were computed: 3 full pages.
-    assert step(scheduler)[0].started[0].num_cached_tokens == 12
-
-
-@pytest.mark.parametrize(
-    "fields", [{"prompt_logprobs": 0}, {"pooling": "mean"}], ids=["prompt_logprobs", "mean pooling"]
-)
-def test_request_that_needs_every_row_gets_no_hit(fields: dict[str, Any]) -> None:
-    scheduler = Scheduler(limits())
-    scheduler.add(request("a", range(12), max_tokens=1))
-    step(scheduler)
-    scheduler.add(request("b", range(12), **fields))
-    plan = scheduler.plan()
-    assert plan is not None and plan.started[0].num_cached_tokens == 0
-
-
-def test_without_prefix_cache_nothing_is_kept() -> None:
-    scheduler = Scheduler(limits(enable_prefix_cache=False))
-    for name in ("a", "b"):
-        scheduler.add(request(name, range(12), max_tokens=2))
-        plan, _ = step(scheduler)
-        assert plan.started[0].num_cached_tokens == 0
-        finish_all(scheduler)
-    stats = scheduler.stats()
-    assert (stats.num_pages_cached, stats.num_pages_in_use) == (0, 0)
-
-
-def test_siblings_wait_for_the_prompt_and_share_its_pages() -> None:
-    scheduler = Scheduler(limits(chunk_tokens=6))
-    scheduler.add(request("a", range(9), n=3, seed=2**64 - 1, max_tokens=8, prompt_logprobs=1))
-    scheduler.add(request("b", range(20, 22)))
-    assert scheduler.num_waiting == 4
-    assert rows(step(scheduler)[0]) == [(0, 0, 6, False)]
-    assert rows(step(scheduler)[0]) == [(0, 6, 3, True), (3, 0, 2, True)]
-    plan, _ = step(scheduler)
-    assert rows(plan)[2:] == [(1, 8, 1, True), (2, 8, 1, True)]
-    assert [start.num_cached_tokens for start in plan.started] == [8, 8]
-    assert [start.params.seed for start in plan.started] == [0, 1]
-    assert [start.params.prompt_logprobs for start in plan.started] == [None, None]
-
-
-def test_siblings_run_when_the_first_one_fails() -> None:
-    scheduler = Scheduler(limits(chunk_tokens=6))
-    scheduler.add(request("a", range(9), n=2))
-    _, events = step(scheduler, {0: SequenceResult(0, error="numbers went bad")})
-    assert events == [SequenceEvent("a", 0, finish_reason="error", error="numbers went bad")]
-    plan, _ = step(scheduler)
-    assert plan.ended == (0,) and plan.started[0].seq_id == 1
-    assert plan.started[0].num_cached_tokens == 0
-
-
-def test_flush_frees_cached_pages_that_nobody_uses() -> None:
-    scheduler = Scheduler(limits())
-    scheduler.add(request("a", range(8), max_tokens=1))
-    step(scheduler)
-    scheduler.add(request("b", range(20, 28)))
-    step(scheduler)
-    assert scheduler.flush_cache() == 2
-    assert scheduler.flush_cache() == 0
-    assert scheduler.stats().num_pages_in_use == 2
 
 
 # -- preemption
@@ -428,22 +288,15 @@ def test_what_comes_with_one_token_is_not_lost() -> None:
 # -- results that come a step late
 
 
-def _ahead(scheduler: Scheduler) -> StepPlan:
-    plan = scheduler.plan()
-    assert plan is not None
-    scheduler.check()
-    return plan
-
-
 def test_a_sequence_is_planned_again_before_its_token_is_known() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(10), max_tokens=3))
-    first, second = _ahead(scheduler), _ahead(scheduler)
+    first, second = ahead(scheduler), ahead(scheduler)
     assert rows(first) == [(0, 0, 10, True)] and rows(second) == [(0, 10, 1, True)]
     with pytest.raises(IntegrityError, match="step 1 is in flight"):
         scheduler.plan()
     assert scheduler.update(answer(first)) == [SequenceEvent("a", 0, (PLAIN,))]
-    third = _ahead(scheduler)
+    third = ahead(scheduler)
     assert rows(third) == [(0, 11, 1, True)]
     assert len(scheduler.update(answer(second))) == 1
     assert scheduler.plan() is None and scheduler.has_work, "three tokens were asked for, three are coming"
@@ -455,12 +308,12 @@ def test_the_row_after_an_end_is_discarded() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(11)))
     scheduler.add(request("b", range(20, 25)))
-    first, second = _ahead(scheduler), _ahead(scheduler)
+    first, second = ahead(scheduler), ahead(scheduler)
     events = scheduler.update(answer(first, {0: SequenceResult(0, (EOS,))}))
     assert [event.finish_reason for event in events] == ["stop", None]
     stats = scheduler.stats()
     assert (stats.num_pages_in_use, stats.num_pages_cached) == (2, 2), "its pages are free or cached at once"
-    third = _ahead(scheduler)
+    third = ahead(scheduler)
     assert third.ended == (0,) and rows(third) == [(1, 6, 1, True)]
     assert [event.request_id for event in scheduler.update(answer(second))] == ["b"]
     assert scheduler.stats().num_discarded_rows == 1 and scheduler.stats().num_output_tokens == 3
@@ -469,34 +322,34 @@ def test_the_row_after_an_end_is_discarded() -> None:
 def test_what_may_follow_a_grammars_token_is_decided_on_the_host() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2, chunk_tokens=4))
     scheduler.add(request("a", range(6), grammar=Grammar("json_object")))
-    first, second = _ahead(scheduler), _ahead(scheduler)
+    first, second = ahead(scheduler), ahead(scheduler)
     assert (first.must_land, second.must_land) == (False, True), "the first chunk of a prompt samples nothing"
     scheduler.update(answer(first))
     with pytest.raises(IntegrityError, match="step 1 is in flight"):
         scheduler.plan()
     scheduler.update(answer(second))
-    assert rows(_ahead(scheduler)) == [(0, 6, 1, True)]
+    assert rows(ahead(scheduler)) == [(0, 6, 1, True)]
 
 
 def test_one_that_is_preempted_gets_the_token_in_flight() -> None:
     """It waits for it, and starts again with it."""
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(6)))
-    first = _ahead(scheduler)
+    first = ahead(scheduler)
     scheduler._roster.preempt_worst()
     scheduler.check()
     assert scheduler.plan() is None, "a token of it is on its way"
     assert scheduler.update(answer(first)) == [SequenceEvent("a", 0, (PLAIN,))]
-    again = _ahead(scheduler)
+    again = ahead(scheduler)
     assert again.started[0].token_ids == (*range(6), PLAIN) and again.ended == (0,)
-    # Nothing of the first step had landed when its pages were given up, so nothing was cached.
-    assert rows(again) == [(0, 0, 7, True)]
+    # The step in flight computes the prompt's only full page, whoever owns it.
+    assert rows(again) == [(0, 4, 3, True)]
 
 
 def test_one_that_is_preempted_may_end_with_the_token_in_flight() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(6)))
-    first = _ahead(scheduler)
+    first = ahead(scheduler)
     scheduler._roster.preempt_worst()
     (event,) = scheduler.update(answer(first, {0: SequenceResult(0, (EOS,))}))
     assert event.finish_reason == "stop" and not scheduler.has_work
@@ -506,7 +359,7 @@ def test_one_that_is_preempted_may_end_with_the_token_in_flight() -> None:
 def test_an_embedding_is_asked_for_once() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(6), pooling="last"))
-    first = _ahead(scheduler)
+    first = ahead(scheduler)
     assert scheduler.plan() is None
     (event,) = scheduler.update(answer(first, {0: SequenceResult(0, embedding=(1.0,))}))
     assert event.finish_reason == "stop" and not scheduler.has_work
@@ -515,8 +368,8 @@ def test_an_embedding_is_asked_for_once() -> None:
 def test_several_tokens_at_once_fit_no_plan_that_counts_on_one() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(6)))
-    first = _ahead(scheduler)
-    _ahead(scheduler)
+    first = ahead(scheduler)
+    ahead(scheduler)
     with pytest.raises(IntegrityError, match="2 tokens, but a later plan in flight counts on one"):
         scheduler.update(answer(first, {0: SequenceResult(0, (1, 2))}))
 
@@ -533,7 +386,7 @@ def test_abort_frees_pages_at_once_and_ends_each_index() -> None:
     assert [(event.index, event.finish_reason) for event in events] == [(i, "deadline") for i in range(3)]
     assert scheduler.stats().num_pages_in_use == 2
     assert scheduler.abort("a") == [] and scheduler.abort("never") == []
-    assert step(scheduler)[0].ended == (0,)
+    assert step(scheduler)[0].ended == (0, 1, 2)
     assert scheduler.stats().num_aborted == 1
 
 
@@ -638,7 +491,7 @@ def test_token_that_was_not_asked_for_is_an_error() -> None:
     scheduler = Scheduler(limits(chunk_tokens=2))
     for name in "ab":
         scheduler.add(request(name, (1,)))
-    plan, _ = step(scheduler, {0: SequenceResult(0, (PLAIN,) * 4)})
+    step(scheduler, {0: SequenceResult(0, (PLAIN,) * 4)})
     plan = scheduler.plan()
     assert plan is not None and rows(plan)[0] == (0, 1, 1, False)
     with pytest.raises(IntegrityError, match="does not answer"):

@@ -74,6 +74,7 @@ def test_random_traffic(overlap: bool) -> None:
         if event != "dropped tokens" or not overlap:
             assert seen[event] >= 20, f"{event} hardly happened: {seen}"
     assert (seen["planned ahead"] > NUM_STEPS / 4) == overlap
+    assert seen["read in their step"] > 100 and (seen["read in flight"] > 100) == overlap
 
 
 def _plans(seed: int, overlap: bool = False) -> list[StepPlan]:
@@ -127,6 +128,21 @@ def _share_partial_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         commit(self, table, token_ids, min(num_computed + 1, len(token_ids), table.num_slots))
 
     monkeypatch.setattr(PageIndex, "commit", mutant)
+
+
+def _share_what_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page of the prompt is cached a step before it is computed."""
+    commit = PageIndex.commit
+
+    def mutant(self: PageIndex, table: Any, token_ids: list[int], num_computed: int) -> None:
+        commit(self, table, token_ids, min(num_computed + self.page_size, len(token_ids)))
+
+    monkeypatch.setattr(PageIndex, "commit", mutant)
+
+
+def _let_others_start_from_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an error, what was shared before stays so."""
+    monkeypatch.setattr(PageIndex, "withdraw", lambda self, table: None)
 
 
 def _compare_first_pages_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,10 +220,6 @@ def _go_on_after_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     _go_on(monkeypatch, lambda sequence, table, found: len(sequence.token_ids) + 1 >= sequence.max_tokens)
 
 
-def _go_on_before_the_prompt_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    _go_on(monkeypatch, lambda sequence, table, found: sequence.prefilling)
-
-
 def _go_on_though_preempted(monkeypatch: pytest.MonkeyPatch) -> None:
     _go_on(monkeypatch, lambda sequence, table, found: sequence.table is not table)
 
@@ -244,19 +256,15 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _ignore_all_rows,
     _go_on_after_a_stop,
     _go_on_after_the_last,
-    _go_on_before_the_prompt_is_shared,
+    _share_what_is_not_planned,
+    _let_others_start_from_what_failed,
     _plan_without_a_slot,
 ]
 
 
-# Ahead of its results, a scheduler may share the page that is being filled: the step in flight fills it before
-# anybody can read it.
-OVERLAPPED_MUTANTS = [mutate for mutate in [*MUTANTS, *LATE_MUTANTS] if mutate is not _share_partial_pages]
-
-
 @pytest.mark.parametrize(
     ("mutate", "overlap"),
-    [*((mutate, False) for mutate in MUTANTS), *((mutate, True) for mutate in OVERLAPPED_MUTANTS)],
+    [*((mutate, False) for mutate in MUTANTS), *((mutate, True) for mutate in [*MUTANTS, *LATE_MUTANTS])],
 )
 def test_random_traffic_notices(
     mutate: Callable[[pytest.MonkeyPatch], None], overlap: bool, monkeypatch: pytest.MonkeyPatch

@@ -24,8 +24,9 @@ class SequenceStart:
     """A sequence enters the executor (first time, or again after preemption).
 
     `token_ids` are all known tokens: prompt, then what was generated before a preemption. The first
-    `num_cached_tokens` already have KV in `page_ids` (whole pages, shared, never written); where those are fewer, the
-    first of the slice's new pages get the rest by the plan's page copies.
+    `num_cached_tokens` have KV in `page_ids` (whole pages, shared, never written by this sequence), or get it from
+    slices before its own in the same plan; where those are fewer, the first of the slice's new pages get the rest by
+    the plan's page copies.
     """
 
     seq_id: int
@@ -66,7 +67,9 @@ class PageCopy:
 class StepPlan:
     """One forward of the engine. `ended` sequences (finished, aborted, preempted) leave before it runs.
 
-    `page_copies` are made before it too, as if one after the other: a page may be copied from and then to.
+    `page_copies` are made before it too, as if one after the other: a page may be copied from and then to. In each
+    layer, the keys and values of all rows are stored before any row attends: slices may read pages that earlier ones
+    write.
 
     A slice is one kind of work; diffusion stages will be another field here, so a scheduler budget counts
     work, not tokens alone. `must_land`: what may follow a token of this step is decided on the host (a grammar), so no

@@ -273,9 +273,7 @@ class LLM:
             return tuple(self.tokenizer.encode(prompt))
         items, vocab_size = _items(prompt), self.card.vocab_size
         # Prompts are long: plain numbers in range are taken as they are.
-        if all(type(each) is int for each in items) and (
-            not items or (min(items) >= 0 and max(items) < vocab_size)
-        ):
+        if set(map(type, items)) <= {int} and (not items or (min(items) >= 0 and max(items) < vocab_size)):
             return tuple(items)
         return tuple(self._token_id(each, "prompt") for each in items)
 

@@ -26,7 +26,7 @@ class Batch:
         self._started.append(start)
 
     def add_next(self, sequence: Sequence) -> bool:
-        """`add` for the many that only go on: one token is owed, it has its slot, another may follow it.
+        """`add` for the many that only go on after their prompt: one token is owed, has its slot, and may be followed.
 
         False, and nothing changed, for a running sequence of which more is to be decided.
         """
@@ -39,6 +39,7 @@ class Batch:
             or end > table.num_slots
             or end >= sequence.max_tokens
             or not sequence.is_plain
+            or sequence.prefilling
         ):
             return False
         sequence.num_computed = end

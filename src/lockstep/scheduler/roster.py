@@ -115,7 +115,7 @@ class Roster:
         ):
             raise IntegrityError("the running sequences are too many, or are not those with pages")
         for sequence in self.running:
-            _check_running(sequence)
+            _check_running(sequence, self._limits.page_size)
         num_queued = sum(sequence.is_new and sequence.index == 0 for sequence in self.waiting)
         if num_queued != self._num_queued_requests:
             raise IntegrityError(
@@ -137,12 +137,16 @@ class Roster:
             self._num_queued_requests -= 1
 
 
-def _check_running(sequence: Sequence) -> None:
+def _check_running(sequence: Sequence, page_size: int) -> None:
     table = sequence.table
     if table is None:
         raise IntegrityError(f"running sequence {sequence.seq_id} has no pages")
     if not table.num_cached_tokens <= sequence.num_landed <= sequence.num_computed <= table.num_slots:
         raise IntegrityError(f"running sequence {sequence.seq_id} computed more tokens than it has slots")
+    if table.num_shared_pages * page_size > sequence.num_computed:
+        raise IntegrityError(
+            f"running sequence {sequence.seq_id} shares pages that nobody was asked to compute"
+        )
     if sequence.num_landed > len(sequence.token_ids):
         raise IntegrityError(f"running sequence {sequence.seq_id} counts tokens as computed that nobody knows")
     if len(sequence.token_ids) >= sequence.max_tokens or sequence.num_tokens > sequence.max_tokens:

@@ -6,14 +6,22 @@ computed, and a step computes some of what is owed.
 Up to `max_plans_in_flight` plans await their results, which come in the order of the plans. What a plan computes
 counts as computed once it is planned, and each sequence that it samples owes one more token, whose id its result
 brings. A sequence whose result says that it has ended may be in a later plan already: that row is discarded. Pages are
-free for others at once, for steps run one after the other; but only tokens whose results have come are cached as
-prefixes. Requests may come and be aborted at any time.
+free for others at once, for steps run one after the other. Requests may come and be aborted at any time.
+
+Full pages of a prompt are shared once they are planned: who is admitted later, even to the same plan, starts from them.
+For steps run in order, and within one every layer stores the keys and values of all rows before any row attends. What
+becomes of the writer changes nothing, since its step runs anyway: aborted or preempted, it leaves pages that hold what
+their tokens say. So it does after an error, which is about scores or a grammar; but numbers that went bad may have gone
+bad in its pages. What a sequence computed until it failed is withdrawn, so that nobody starts from it any more and a
+next try computes it anew. Those who had started from it go on: bad numbers would show in their scores too. Generated
+tokens are cached when their sequence leaves, as far as their results have come.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 from lockstep.core.errors import IntegrityError
 from lockstep.core.output import EngineStats
@@ -196,15 +204,26 @@ class Scheduler:
     def _continue(self, sequence: Sequence, position: int, batch: Batch) -> None:
         """Plans as many rows as the others leave, unless the sequence itself is preempted."""
         while (table := sequence.table) is not None:
-            one_row_for_each_after = self.num_running - position - 1
-            num_rows = min(sequence.num_owed, batch.rows_left - one_row_for_each_after)
+            num_rows = min(sequence.num_owed, self._spare_rows(sequence, position, batch))
             num_tokens = sequence.num_computed + num_rows
             new_page_ids = self._pages.grow(table, num_tokens) if num_tokens > table.num_slots else ()
             if new_page_ids is not None:
-                batch.add(sequence, num_rows, new_page_ids)
+                self._add(batch, sequence, num_rows, new_page_ids)
                 return
             self._roster.preempt_worst()
             self._totals.num_preemptions += 1
+
+    def _spare_rows(self, sequence: Sequence, position: int, batch: Batch) -> int:
+        """Rows that leave one for each sequence at a later position.
+
+        A prompt that is cut gets all of them, so that no row is left for a newcomer: it might compute the rest of the
+        same prompt beside it.
+        """
+        num_after = self.num_running - position - 1
+        if sequence.num_owed > batch.rows_left - num_after:
+            after = islice(self._roster.running, position + 1, None)
+            num_after = sum(not other.awaits_end for other in after)
+        return batch.rows_left - num_after
 
     def _admit_waiting(self, batch: Batch) -> None:
         """Starts sequences from the front of the queue while rows, places and pages last."""
@@ -219,7 +238,18 @@ class Scheduler:
             self._roster.start_first()
             start, new_page_ids = entry
             batch.start(start)
-            batch.add(sequence, min(sequence.num_owed, batch.rows_left), new_page_ids)
+            self._add(batch, sequence, min(sequence.num_owed, batch.rows_left), new_page_ids)
+
+    def _add(self, batch: Batch, sequence: Sequence, num_rows: int, new_page_ids: tuple[int, ...]) -> None:
+        """Plans rows and shares the pages of a prompt that they fill. At its end the siblings may come and use them."""
+        batch.add(sequence, num_rows, new_page_ids)
+        if not sequence.prefilling:
+            return
+        assert sequence.table is not None
+        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+        if sequence.num_computed == len(sequence.token_ids):
+            sequence.prefilling = False
+            self._roster.unhold(sequence.group)
 
     def _require_turn(self) -> None:
         if not self._in_flight:
@@ -249,13 +279,12 @@ class Scheduler:
     ) -> SequenceEvent | None:
         """What the step means for one unfinished sequence; None when there is no news for the client."""
         if found.error is not None:
+            self._pages.withdraw(table)
             return self._end(sequence, "error", error=found.error)
         sequence.num_tokens -= piece.samples
         _require_answer(sequence, piece, found)
-        if sequence.table is table:  # else it was preempted since, and the slice is lost with its pages
+        if sequence.table is table:  # else it was preempted since and has to begin again
             sequence.num_landed = piece.start + piece.num_tokens
-            if sequence.prefilling:
-                self._prompt_progressed(sequence)
         if found.embedding is not None:
             return self._end(sequence, "stop", embedding=found.embedding)
         prompt_logprobs = new_prompt_logprobs(sequence, piece, found.prompt_logprobs)
@@ -276,14 +305,6 @@ class Scheduler:
             stop_token_id,
             sequence.num_cached_tokens or 0,
         )
-
-    def _prompt_progressed(self, sequence: Sequence) -> None:
-        """Shares the pages computed so far; at the end of the prompt, the siblings may come and use them."""
-        assert sequence.table is not None
-        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_landed)
-        if sequence.num_landed == len(sequence.token_ids):
-            sequence.prefilling = False
-            self._roster.unhold(sequence.group)
 
     def _end(
         self,
@@ -314,13 +335,12 @@ class Scheduler:
 
 
 def _only_goes_on(sequence: Sequence, table: PageTable, piece: TokenSlice, found: SequenceResult) -> bool:
-    """Whether all that happened is that a running sequence, past its prompt, has one more token and not its last."""
+    """Whether all that happened is that a running sequence has one more token and not its last."""
     token_ids = found.token_ids
     return (
         len(token_ids) == 1
         and piece.samples
         and sequence.table is table
-        and not sequence.prefilling
         and token_ids[0] not in sequence.stop_token_ids
         and len(sequence.token_ids) + 1 < sequence.max_tokens
         and found.error is None

@@ -83,6 +83,7 @@ class Sequence:
         self.rank: Rank = (priority, 1, seq_id)
         self.table: PageTable | None = None
         self.prefilling = False
+        """Whether some of what it knew when it began to run is not planned yet."""
         self.num_cached_tokens: int | None = None
         """The prefix hit of the first admission; None before it."""
         self.num_prompt_rows_reported = 0
@@ -144,7 +145,7 @@ class Sequence:
 class RequestGroup:
     """A request and those of its sequences that have not ended, by index.
 
-    `held` sequences (all but the first) wait outside the queue until the first one's prompt is computed, so
+    `held` sequences (all but the first) wait outside the queue until the first one's prompt is planned, so
     that they find its pages in the prefix cache.
     """
 

@@ -16,8 +16,8 @@ class PageTable:
     """The pages of one sequence, in token order. Only PageIndex changes it.
 
     The first `num_shared_pages` belong to the prefix tree, which keeps them while this table lives (`node` is
-    locked); the rest belong to this sequence alone. `num_cached_tokens` had KV when the table was made; that of the
-    last ones may be on the host, and gets its pages when the table grows. `num_slots` tokens fit without growing.
+    locked); the rest belong to this sequence alone. `num_cached_tokens` were cached when the table was made; the KV of
+    the last ones may be on the host, and gets its pages when the table grows. `num_slots` tokens fit without growing.
     """
 
     __slots__ = ("node", "num_cached_tokens", "num_shared_pages", "num_slots", "page_ids")
@@ -33,10 +33,11 @@ class PageTable:
 class PageIndex:
     """Page tables over one pool of `num_pages` pages of `page_size` tokens, sharing cached prefixes.
 
-    A sequence's life: `begin`, then `grow` before and `commit` after a step, then `release`. Shared pages are
-    always a prefix of a table and always full, so nobody writes to them. Without the prefix cache every page is
-    private to its sequence, and everything else is the same. With `num_host_pages`, cached prefixes that must make room
-    go to the host and come back when they are asked for; `take_copies` says what is to be copied for that.
+    A sequence's life: `begin`, then `grow` before a step and `commit` once it is sure to be computed, then `release`.
+    Shared pages are always a prefix of a table and always full, so nobody writes to them but the steps that fill them.
+    Without the prefix cache every page is private to its sequence, and everything else is the same. With
+    `num_host_pages`, cached prefixes that must make room go to the host and come back when they are asked for;
+    `take_copies` says what is to be copied for that.
     """
 
     def __init__(
@@ -139,8 +140,9 @@ class PageIndex:
     def commit(self, table: PageTable, token_ids: Sequence[int], num_computed: int) -> None:
         """Shares the full pages among the first `num_computed` tokens of a living sequence.
 
-        When another sequence has cached the same tokens meanwhile, the pages stay private: a table's pages do
-        not change under a running sequence.
+        The caller sees to it that they are computed before a table that begins with them is read. When another
+        sequence has cached the same tokens meanwhile, the pages stay private: a table's pages do not change under a
+        running sequence.
         """
         new_token_ids, new_page_ids = self._unshared(table, token_ids, num_computed)
         if not new_page_ids:
@@ -152,6 +154,13 @@ class PageIndex:
         self._tree.unlock(table.node)
         table.node = leaf
         table.num_shared_pages += len(new_page_ids)
+
+    def withdraw(self, table: PageTable) -> None:
+        """No table to come begins with what this one shares beyond its cached prefix; those that do already go on.
+
+        A released table's pages are withdrawn as far as none of them has made room since.
+        """
+        self._tree.hide(table.node, table.num_cached_tokens // self.page_size)
 
     def release(self, table: PageTable, token_ids: Sequence[int] = (), num_computed: int = 0) -> None:
         """Ends a table: the full pages among the first `num_computed` tokens stay cached, all others are freed.

@@ -189,6 +189,17 @@ class RadixTree:
             self.touch(parent)
         return leaf or parent, page_ids[:num_cached]
 
+    def hide(self, node: Node, num_kept: int) -> None:
+        """No tokens match more than the first `num_kept` pages of the path to `node`, where an edge ends, any more.
+
+        What follows them stays with those who lock it, and goes when its turn comes.
+        """
+        for step in reversed(list(_path_up(node))):
+            if num_kept == 0:
+                self._rename(step)
+                return
+            num_kept -= len(step.page_ids)
+
     def path_on_host(self, node: Node) -> list[Node]:
         """The nodes from the device's part of the path to `node`, which are on the host, downwards."""
         return [step for step in _path_up(node) if step.tier is self.on_host][::-1]
@@ -337,6 +348,14 @@ class RadixTree:
         node.page_ids = node.page_ids[num_pages:]
         upper.children[node.token_ids[: self.page_size]] = node
         return upper
+
+    def _rename(self, node: Node) -> None:
+        """Gives the first page of the node's edge the node's number, which is no token's, for tokens."""
+        parent, size = node.parent, self.page_size
+        assert parent is not None
+        del parent.children[node.token_ids[:size]]
+        node.token_ids = (-node.serial,) * size + node.token_ids[size:]
+        parent.children[node.token_ids[:size]] = node
 
     def _new_node(
         self, parent: Node, tier: Tier, token_ids: tuple[int, ...], page_ids: tuple[int, ...]
