@@ -73,7 +73,6 @@ def main(name: str) -> None:
     driver.set_active(TargetDriver(target))
     extend._extend = Compiling(extend._extend, shared_bytes, of_extend)
     decode._decode = Compiling(decode._decode, shared_bytes, of_decode)
-    decode._merge = Compiling(decode._merge, shared_bytes, None)
     for layer in LAYERS:
         made = paged_inputs(torch.Generator().manual_seed(0), layer, torch.bfloat16, 2, (33, 4000))
         pools, how = (made.k_KPSH, made.v_KPSH), (layer.scale, layer.window, layer.soft_cap)

@@ -63,8 +63,8 @@ def replays_give_eager_bits(
     made = made_on(device, 0, layer, 4, (2048,) * 4)
     kv = LayerKV(made.k_KPSH, made.v_KPSH)
     spec = AttentionSpec(layer.scale, layer.window, 0.0, made.sinks_N)
-    where = {"page_size": layer.page_size, "device": torch.device(device)}
-    plan = backend.fixed_plan(num_rows=4, num_pages=500, **where)
+    num_keys_T = torch.zeros(4, dtype=torch.int32, device=device)
+    plan = backend.fixed_plan(num_keys_T, num_pages=500, page_size=layer.page_size)
     backend.run(plan, made.q_TNH, kv, spec)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -73,10 +73,11 @@ def replays_give_eager_bits(
     for num_keys in lengths:
         tables = zip(num_keys, made.page_table_BP.tolist(), strict=False)
         spans = [Span(length - 1, 1, pages) for length, pages in tables]
+        num_keys_T.copy_(torch.tensor([*num_keys, *[0] * (4 - len(num_keys))]))
         backend.refill(plan, spans)
         graph.replay()
         # Lengths of 0 stand for the rows that the graph has and the step has not.
-        eager_plan = backend.fixed_plan(num_rows=4, num_pages=128, **where)
+        eager_plan = backend.fixed_plan(num_keys_T, num_pages=128, page_size=layer.page_size)
         backend.refill(eager_plan, spans)
         eager = backend.run(eager_plan, made.q_TNH, kv, spec)
         same &= torch.equal(eager, replayed) and not replayed[len(spans) :].any()

@@ -111,24 +111,26 @@ def test_mixed_steps(
 
 def test_a_fixed_plan_computes_what_was_written_last() -> None:
     backend, spec = paged("reference"), AttentionSpec(LAYER.scale)
-    plan = backend.fixed_plan(num_rows=4, num_pages=20, page_size=PAGE_SIZE, device=HOST)
-    assert plan.decode is not None
-    memory = [plan.decode.page_table_BP, plan.decode.num_keys_B, plan.decode.cu_rows_B1]
+    num_keys_T = torch.zeros(4, dtype=torch.int32)
+    plan = backend.fixed_plan(num_keys_T, num_pages=20, page_size=PAGE_SIZE)
+    memory = [plan.decode.page_table_BP, plan.decode.num_keys_B]
     addresses = [tensor.data_ptr() for tensor in memory]
+    assert addresses[1] == num_keys_T.data_ptr()
     q, kv, spans = step([(1, 9), (1, 30), (1, 1), (1, 77)], 0)
     assert not backend.run(plan, q, kv, spec).any(), "all rows are padding at first"
     for chosen in (spans, spans[1:3], spans[3:], []):
+        lengths = [span.num_kv_tokens for span in chosen]
+        num_keys_T.copy_(torch.tensor([*lengths, *[0] * (4 - len(chosen))]))
         backend.refill(plan, chosen)
         found = backend.run(plan, q, kv, spec)
         torch.testing.assert_close(found, one_by_one(q, kv, chosen, spec), atol=1e-5, rtol=1e-5)
-        assert plan.decode.cu_rows_B1.tolist() == [min(row, len(chosen)) for row in range(5)]
     assert [tensor.data_ptr() for tensor in memory] == addresses
     assert all(address % 16 == 0 for address in addresses)
 
 
 def test_what_does_not_fit_a_fixed_plan() -> None:
     backend = paged("reference")
-    plan = backend.fixed_plan(num_rows=2, num_pages=16, page_size=PAGE_SIZE, device=HOST)
+    plan = backend.fixed_plan(torch.zeros(2, dtype=torch.int32), num_pages=16, page_size=PAGE_SIZE)
     short = Span(3, 1, [0])
     with pytest.raises(KernelError, match="3 sequences do not fit page tables for 2"):
         backend.refill(plan, [short] * 3)

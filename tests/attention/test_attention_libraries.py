@@ -198,7 +198,7 @@ def test_a_fixed_plan_of_flashinfer_follows_its_refills(jit: fake_flashinfer.Fak
     backend = flashinfer_backend()
     assert backend.why_no_graphs is None
     q, kv, spans = step(((1, 9), (1, 30), (1, 1), (1, 77)), layer, seed)
-    plan = backend.fixed_plan(num_rows=4, num_pages=20, page_size=4, device=HOST)
+    plan = backend.fixed_plan(torch.zeros(4, dtype=torch.int32), num_pages=20, page_size=4)
     assert not backend.run(plan, q, kv, spec).any(), "all rows are padding at first"
     addresses = {each.data_ptr() for each in plan.decode.batch._memory}
     for chosen in (spans, spans[1:3], spans[3:], [], spans):
@@ -218,7 +218,7 @@ def test_cudnn_takes_no_graphs_and_makes_few_of_its_own(graphs: type[fake_cudnn.
     backend, layer, spec = cudnn_backend(), Layer(4, 2, 32), AttentionSpec(0.3)
     assert "planned anew" in str(backend.why_no_graphs)
     with pytest.raises(KernelError, match="no plan can be fixed: attention by cudnn"):
-        backend.fixed_plan(num_rows=1, num_pages=1, page_size=16, device=HOST)
+        backend.fixed_plan(torch.zeros(1, dtype=torch.int32), num_pages=1, page_size=16)
     pools = None
     for lengths, num_built in ((((20, 20), (40, 90)), 1), (((33, 100), (64, 64), (2, 9)), 1), (((65, 70),), 2)):
         q, kv, spans = step(lengths, layer, seed, dtype=torch.bfloat16)

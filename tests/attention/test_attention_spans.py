@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lockstep.attention.backend import Span
-from lockstep.attention.paged_backend import PageTables
+from lockstep.attention.paged_backend import FixedTables, PageTables
 from lockstep.attention.spans import Spans
 
 pytestmark = pytest.mark.suite("cpu")
@@ -42,18 +42,47 @@ def test_arrays_hold_the_same_spans(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_page_tables_are_written_as_told(seed: int) -> None:
-    """Against the tables' definition, one sequence at a time; a second write leaves nothing of the first behind."""
-    tables = PageTables(8, 14, PAGE_SIZE, torch.device("cpu"))
-    for spans in (random_spans(seed + 100), random_spans(seed)):
-        tables.write(spans)
-        row = 0
-        for index in range(8):
-            span = spans[index] if index < len(spans) else Span(0, 0, [])
-            assert tables.num_keys_B[index] == span.num_kv_tokens
-            assert tables.page_table_BP[index, : len(span.page_ids)].tolist() == list(span.page_ids)
-            assert tables.cu_rows_B1[index] == row
-            row += span.num_tokens
-        assert tables.cu_rows_B1[8] == row
+    """Against the tables' definition, one sequence at a time."""
+    spans = random_spans(seed)
+    tables, row = PageTables.of(Spans.of(spans, PAGE_SIZE), torch.device("cpu")), 0
+    assert len(tables.num_keys_B) == len(spans) and len(tables.cu_rows_B1) == len(spans) + 1
+    for index, span in enumerate(spans):
+        assert tables.num_keys_B[index] == span.num_kv_tokens
+        assert tables.page_table_BP[index, : len(span.page_ids)].tolist() == list(span.page_ids)
+        assert tables.cu_rows_B1[index] == row
+        row += span.num_tokens
+    assert tables.cu_rows_B1[-1] == row
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fixed_tables_hold_what_was_written_last(seed: int) -> None:
+    """Pages go from one to another: each write leaves every sequence's own ones, and copies only if it must."""
+    print(f"seed {seed}")
+    chooser, copied = random.Random(seed), list[int]()
+    tables = FixedTables(torch.zeros(8, dtype=torch.int32), 14, PAGE_SIZE)
+
+    def stage(array: np.ndarray) -> torch.Tensor:
+        copied.append(array.size)
+        return torch.from_numpy(array)
+
+    def write(lengths: list[int], pages_BP: np.ndarray) -> None:
+        start_B = np.array(lengths, dtype=np.int64) - 1
+        tables.write(Spans(start_B, np.ones_like(start_B), pages_BP, PAGE_SIZE, stage))
+        for row, length in enumerate(lengths):
+            own = -(-length // PAGE_SIZE)
+            assert tables.page_table_BP[row, :own].tolist() == pages_BP[row, :own].tolist()
+
+    for _ in range(40):
+        lengths = [chooser.randint(1, 50) for _ in range(chooser.randint(1, 8))]
+        pages_BP = np.array([[chooser.randrange(9) for _ in range(14)] for _ in lengths], dtype=np.int32)
+        write(lengths, pages_BP)
+        num_copies = len(copied)
+        write(lengths, pages_BP.copy())
+        assert len(copied) == num_copies, "nothing changed"
+        row = chooser.randrange(len(lengths))
+        pages_BP[row, (lengths[row] - 1) // PAGE_SIZE] += 1
+        write(lengths, pages_BP)
+        assert len(copied) == num_copies + 1
 
 
 def test_pages_beyond_those_that_are_asked_for_are_not_read() -> None:

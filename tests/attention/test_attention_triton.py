@@ -33,6 +33,12 @@ def test_in_the_interpreter(op: str) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+def test_parts_that_come_in_any_order() -> None:
+    command = [sys.executable, str(HERE / "arrivals.py"), "1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_through_the_compiler(target: str, tmp_path: Path) -> None:
     """Which needs no GPU, and refuses what the interpreter lets pass."""

@@ -78,7 +78,8 @@ class Step:
         for layer in self.pool.layers:
             for tensor in (layer.k_NPSH, layer.v_NPSH):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        plan = self.attention.fixed_plan(num_rows=NUM_ROWS, num_pages=PAGES, page_size=PAGE_SIZE, device=device)
+        num_keys = torch.full((NUM_ROWS,), NUM_KEYS, dtype=torch.int32, device=device)
+        plan = self.attention.fixed_plan(num_keys, num_pages=PAGES, page_size=PAGE_SIZE)
         pages = [list(range(row * PAGES, (row + 1) * PAGES)) for row in range(NUM_ROWS)]
         self.attention.refill(plan, [Span(NUM_KEYS - 1, 1, each) for each in pages])
         positions = torch.full((NUM_ROWS,), NUM_KEYS - 1, device=device)

@@ -10,7 +10,8 @@ import torch
 from tiny_llm import make_tiny, open_tiny, random_prompts
 
 from lockstep import SamplingParams
-from lockstep.executor.inputs import StepInputs, StepRows
+from lockstep.executor.computed import Computed
+from lockstep.executor.inputs import StepInputs
 from lockstep.executor.pieces import PiecedSteps
 
 pytestmark = pytest.mark.suite("cuda-1", seconds=60)
@@ -28,15 +29,15 @@ def test_replays_give_the_eager_bits(
     sizes: list[int] = []
     compute = PiecedSteps.compute
 
-    def watched(self: Any, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
-        rows, hidden_TD = compute(self, inputs)
-        kept, step = hidden_TD.clone(), self.step(inputs.facts_5T.shape[1])
+    def watched(self: Any, inputs: StepInputs) -> Computed:
+        computed = compute(self, inputs)
+        kept, step = computed.hidden_TD[: inputs.num_rows].clone(), self.step(inputs.facts_5T.shape[1])
         plan = self._attention.plan(
             inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
         )
         assert torch.equal(step.run(self._attention, plan)[: inputs.num_rows], kept)
-        sizes.append(len(rows.token_ids_T))
-        return rows, hidden_TD
+        sizes.append(len(computed.rows.token_ids_T))
+        return computed
 
     monkeypatch.setattr(PiecedSteps, "compute", watched)
     prompts = random_prompts((3, 40, 9, 75, 1, 130, 33))

@@ -1,7 +1,8 @@
 """Runs the Triton kernels of a decode step in Triton's interpreter: `python interpreted.py SEED OPERATOR...`.
 
 Checks every case of each contract whose dtype the kernel takes and that is small enough. Exits 1 on a failure.
-OPERATOR/SPLITS computes its products in blocks, each of so many parts, whatever the kernel would choose.
+OPERATOR/SPLITS computes its products in blocks, each of so many parts, whatever the kernel would choose;
+OPERATOR/gated those that are gated, in gated blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,8 @@ import triton.runtime.interpreter as interpreter
 
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Case, Contract, Kernel
-from lockstep.ops.linear import blocks
-from lockstep.ops.linear.tiles import Block
+from lockstep.ops.linear import blocks, gated_blocks
+from lockstep.ops.linear.tiles import Block, GatedBlock
 from lockstep.ops.registry import contracts, kernels
 
 MOST_PRODUCTS = 2**23
@@ -64,18 +66,25 @@ def quick_cases(contract: Contract, kernel: Kernel) -> Iterator[Case]:
             yield case
 
 
-def in_blocks(op: str, splits: int) -> Callable[[], int]:
+def in_blocks(op: str, kind: str) -> Callable[[], int]:
     """Has the operator's products computed in blocks. Returns what counts them."""
-    block = Block(rows=16, outputs=32, inputs=64, splits=splits, ahead=64, num_warps=4, num_stages=3)
-    own, counted = blocks.block_product, list[int]()
+    room: ModuleType
+    block: Block | GatedBlock
+    if kind == "gated":
+        room, name = gated_blocks, "gated_product"
+        block = GatedBlock(rows=16, outputs=16, inputs=64, group=2, programs=1, num_warps=4, num_stages=3)
+    else:
+        room, name = blocks, "block_product"
+        block = Block(rows=16, outputs=32, inputs=64, splits=int(kind), ahead=64, num_warps=4, num_stages=3)
+    own, counted = getattr(room, name), list[int]()
 
     def count(*given: Any, **options: Any) -> torch.Tensor:
         counted.append(1)
         return own(*given, **options)
 
     chooser: Any = importlib.import_module(f"lockstep.ops.{op}.kernels.triton")
-    chooser.tile_of = lambda *problem: block
-    blocks.block_product = count
+    chooser.tile_of = lambda *problem: block if kind != "gated" or problem[0].gated else None
+    setattr(room, name, count)
     return lambda: len(counted)
 
 
@@ -83,8 +92,8 @@ def main(seed: int, *named: str) -> int:
     torch.set_num_threads(1)
     as_processors_do()
     passed = bool(named)
-    for op, slash, splits in (each.partition("/") for each in named):
-        num_blocks = in_blocks(op, int(splits)) if slash else None
+    for op, slash, kind in (each.partition("/") for each in named):
+        num_blocks = in_blocks(op, kind) if slash else None
         kernel = next(kernel for kernel in kernels(op) if kernel.provider == "triton")
         contract = contracts()[op]
         quick = partial(quick_cases, contract, kernel)

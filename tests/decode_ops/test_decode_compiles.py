@@ -11,7 +11,7 @@ import pytest
 
 from lockstep.ops.add_norm_linear.tiles import Problem
 from lockstep.ops.add_norm_linear.tiles import tile_of as normed_tile
-from lockstep.ops.linear.tiles import Block, Tile, default_tile, tile_of
+from lockstep.ops.linear.tiles import Block, GatedBlock, Tile, default_tile, tile_of
 
 pytestmark = pytest.mark.suite("cpu", seconds=20)
 
@@ -89,6 +89,17 @@ def in_blocks(block: Block, *, gated: bool = False, early: bool = True) -> str:
     return compiled("linear.blocks", "_block_product", kinds, constants, block.num_warps, block.num_stages)
 
 
+def in_gated_blocks(block: GatedBlock) -> str:
+    constants: dict[str, Any] = {"bias_ptr": None, "GROUP": block.group, "PDL": True}
+    constants |= {"ROWS": block.rows, "TILE_OUTPUTS": block.outputs, "TILE_INPUTS": block.inputs}
+    kinds = {
+        "x": f"tensordesc<bf16[{block.rows}, {block.inputs}]>",
+        "weight": f"tensordesc<bf16[2, {block.outputs}, {block.inputs}]>",
+        "out": f"tensordesc<bf16[{block.rows}, {block.outputs}]>",
+    }
+    return compiled("linear.gated_blocks", "_gated_blocks", kinds, constants, block.num_warps, block.num_stages)
+
+
 def heads(*, early: bool) -> str:
     constants = dict.fromkeys(
         ("element_stride", "slots_stride", "k_pool_element_stride", "v_pool_element_stride"), 1
@@ -151,3 +162,16 @@ def test_parts_are_counted_by_one_release_and_read_past_the_nearest_cache() -> N
         written = ptx.rindex("st.global", 0, counted.start())
         assert "bar.sync" in ptx[written : counted.start()]
         assert "ld.global.cg" in ptx[counted.end() :]
+
+
+def test_gates_and_ups_come_in_one_copy_and_are_one_product_that_never_leaves_registers() -> None:
+    for rows, outputs, num_warps, width in ((128, 128, 8, 256), (256, 64, 8, 128), (64, 64, 4, 128)):
+        ptx = in_gated_blocks(GatedBlock(rows, outputs, 64, 8, 1, num_warps, 3))
+        assert set(re.findall(r"wgmma\.mma_async\S*\.(m\d+n\d+)k16", ptx)) == {f"m64n{width}"}
+        # The next product is issued before this one has ended.
+        assert "wgmma.wait_group.sync.aligned 1" in ptx
+        before, wait, after = ptx.partition(WAIT)
+        assert wait and RELEASE in after and "cp.async.bulk.tensor" not in before
+        assert re.search(r"cp\.async\.bulk\.tensor\.3d\.shared::\w+\.global", after)
+        assert "cp.async.bulk.tensor.2d.global.shared" in after
+        assert not re.search(r"(ld|st)\.global|ld\.shared", ptx)

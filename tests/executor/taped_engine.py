@@ -11,10 +11,11 @@ from tiny_models import CONTEXT_LENGTH, LAYOUTS, PAGE_SIZE, Layout, SeededWeight
 
 from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
-from lockstep.executor.graphs import DecodeGraphs, GraphMemory, StepGraphs
+from lockstep.executor.graphs import DecodeGraphs, GraphMemory, Recipe, StepGraphs
 from lockstep.executor.inputs import LastTokens
 from lockstep.executor.pieces import PiecedSteps
 from lockstep.executor.runner import ModelRunner
+from lockstep.executor.sampler import STOCK, SamplingKernels
 from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build
@@ -31,7 +32,14 @@ PARAMS = SamplingParams(temperature=0.0, logprobs=2, seed=0, ignore_eos=True)
 class Engine:
     """`graphs` hold single tokens as a whole, `pieces` everything; the runner uses the ones that are wanted."""
 
-    def __init__(self, layout: Layout, *, with_graphs: bool = False, with_pieces: bool = False) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        with_graphs: bool = False,
+        with_pieces: bool = False,
+        sampling: SamplingKernels = STOCK,
+    ) -> None:
         platform = load_platform("cpu")
         self.selector = TapeSelector(platform.capabilities(), ("torch",), only=True)
         self.build = Build(
@@ -57,16 +65,17 @@ class Engine:
         attention = tape_attention()
         last_tokens = LastTokens(MOST_ROWS + 1, HOST)
         memory = GraphMemory(self._new_graph)
-        self.graphs = DecodeGraphs(
-            self.model.forward,
+        self.recipe = Recipe(
+            self.model,
             attention,
             self.pool,
             last_tokens,
-            most_rows=MOST_ROWS,
+            sampling,
             num_pages=CONTEXT_LENGTH // PAGE_SIZE,
             device=HOST,
             new_graph=memory.new,
         )
+        self.graphs = DecodeGraphs(self.recipe, most_rows=MOST_ROWS)
         self.pieces = PiecedSteps(
             self.model.forward,
             attention,
@@ -88,6 +97,7 @@ class Engine:
             windows=self.build.windows,
             eos_token_ids=(),
             transfers=Transfers(HOST),
+            sampling=sampling,
             graphs=self.recorded,
         )
 
@@ -105,12 +115,14 @@ def decode_plan(step_id: int, lengths: dict[int, int], ended: Sequence[int] = ()
     return StepPlan(step_id, (), tuple(ended), slices)
 
 
-def plans(prompts: dict[int, int], shrinking: Sequence[int], num_steps: int) -> list[StepPlan]:
+def plans(
+    prompts: dict[int, int], shrinking: Sequence[int], num_steps: int, params: SamplingParams = PARAMS
+) -> list[StepPlan]:
     """Prompts of these lengths, then steps of single tokens; `shrinking` leave one after the other."""
     started, slices = [], []
     for seq_id, length in prompts.items():
         tokens = tuple((7 * seq_id + 3 * at) % 90 for at in range(length))
-        started.append(SequenceStart(seq_id, PARAMS, tokens, length, 0, ()))
+        started.append(SequenceStart(seq_id, params, tokens, length, 0, ()))
         pages = tuple(8 * seq_id + page for page in range(-(-length // PAGE_SIZE)))
         slices.append(TokenSlice(seq_id, 0, length, pages, True))
     made = [StepPlan(0, tuple(started), (), tuple(slices))]

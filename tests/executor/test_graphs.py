@@ -12,7 +12,7 @@ from tiny_models import PAGE_SIZE
 
 from lockstep.attention.torch_backend import TorchBackend
 from lockstep.core.step import StepPlan
-from lockstep.executor.graphs import ladder, why_no_graphs
+from lockstep.executor.graphs import ladder, why_no_choice, why_no_graphs
 from lockstep.executor.inputs import LastTokens, StepRows, build_inputs
 from lockstep.executor.sequences import SequenceTable
 from lockstep.ops.registry import contracts, kernels
@@ -55,9 +55,9 @@ def test_a_runner_with_graphs_answers_like_one_without(name: str) -> None:
         torch.testing.assert_close(kept.k_NPSH, twin.k_NPSH, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(kept.v_NPSH, twin.v_NPSH, atol=1e-5, rtol=1e-5)
     assert sum(graph.num_replays for graph in graphed.made) == 12
-    assert not eager.made and len(graphed.made) == len(ladder(MOST_ROWS)) == 4
-    first = graphed.made[0]
-    assert [graph.beside for graph in graphed.made] == [None, first, first, first], "one memory for all"
+    assert not eager.made and len(graphed.made) == 2 * len(ladder(MOST_ROWS)) == 8, "steps and their choices"
+    first, *others = graphed.made
+    assert first.beside is None and all(graph.beside is first for graph in others), "one memory for all"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -78,10 +78,13 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str, num_sequence
         assert num_rows is not None
         step = engine.graphs.step(num_rows)
         step.fill(build_inputs(plan, sequences, PAGE_SIZE, num_rows=num_rows))
-        replayed = step.replay().clone()
-        assert torch.equal(step.run(), replayed) and replayed.isfinite().all()
+        found = step.replay()
+        assert found.logits_TV is not None and found.hidden_TD.isfinite().all()
+        hidden_TD, logits_TV = found.hidden_TD.clone(), found.logits_TV.clone()
+        again_TD, again_TV = step.run()
+        assert torch.equal(again_TD, hidden_TD) and torch.equal(again_TV, logits_TV)
         step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, num_rows=num_rows))
-        assert not torch.equal(step.replay()[:num_sequences], replayed[:num_sequences])
+        assert not torch.equal(step.replay().hidden_TD[:num_sequences], hidden_TD[:num_sequences])
 
 
 def test_padding_is_stored_nowhere() -> None:
@@ -90,7 +93,7 @@ def test_padding_is_stored_nowhere() -> None:
         for num_rows in ladder(MOST_ROWS):
             step = engine.graphs.step(num_rows)
             step.fill(build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows))
-            assert step.replay().isfinite().all()
+            assert step.replay().hidden_TD.isfinite().all()
     assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
 
 
@@ -106,6 +109,7 @@ def test_inputs_are_padded_with_rows_of_nobody() -> None:
         [0] * 8,
         [owner] * 5 + [0] * 3,
     ]
+    assert inputs.num_keys_T.tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
     assert len(inputs.spans) == 1 and inputs.first_row_B.tolist() == [0] and inputs.num_rows == 5
     assert build_inputs(plan, sequences, PAGE_SIZE).facts_5T.shape == (5, 5)
 
@@ -119,7 +123,7 @@ def test_tokens_that_the_host_does_not_know_are_taken_from_the_device() -> None:
     inputs = build_inputs(plan, sequences, PAGE_SIZE)
     one, two = sequences[1].slot, sequences[2].slot
     assert inputs.facts_5T[0].tolist() == [0, 14, 17, 20] and inputs.facts_5T[3].tolist() == [one, 0, 0, 0]
-    rows, last_tokens = StepRows(torch.from_numpy(inputs.facts_5T)), LastTokens(MOST_ROWS, HOST)
+    rows, last_tokens = StepRows(torch.from_numpy(inputs.memory), 4), LastTokens(MOST_ROWS, HOST)
     last_tokens.keep(torch.tensor([two, one]), torch.tensor([88, 77]))
     assert last_tokens.resolve(rows).tolist() == [77, 14, 17, 20]
 
@@ -145,9 +149,7 @@ def test_a_graph_holds_the_bound_kernels_and_no_others(name: str) -> None:
         calls.clear()
         step.replay()
     assert not calls
-    # The head scores what a step leaves; it is no part of the step.
-    sites = {(each.op, each.where) for each in engine.selector.bindings if "(head)" not in each.where}
-    assert set(recorded) == sites
+    assert set(recorded) == {(each.op, each.where) for each in engine.selector.bindings}
 
 
 def binding(op: str, provider: str) -> Binding:
@@ -166,6 +168,12 @@ def test_why_a_model_gets_no_graphs() -> None:
     )
     assert "reference reads values" in str(why_no_graphs([binding("rms_norm", "reference")], tape_attention()))
     assert why_no_graphs(good, TorchBackend()) == "attention by torch is planned anew for each step"
+
+
+def test_why_a_choice_is_not_recorded() -> None:
+    step = [binding("rms_norm", "triton"), binding("top_k_top_p_sample", "torch")]
+    assert why_no_choice([*step, binding("argmax", "triton"), binding("argmax", "torch")]) is None
+    assert why_no_choice([*step, binding("argmax", "reference")]) == "argmax.reference reads values on the host"
 
 
 READS = {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.nonzero, torch.Tensor.unique_consecutive}

@@ -14,7 +14,9 @@ from lockstep.core.step import SequenceResult, SequenceStart, StepPlan, TokenLog
 from lockstep.executor.inputs import build_inputs
 from lockstep.executor.logprobs import ScoredTokens
 from lockstep.executor.pending import Findings, PendingStep
+from lockstep.executor.sampler import Chosen
 from lockstep.executor.sequences import SequenceTable
+from lockstep.executor.transfers import Transfers
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -55,10 +57,11 @@ def results(findings: Findings, *hooks: Listener, num_slices: int = 5) -> list[S
 
 def sampled(tokens: dict[int, int], best: Sequence[float] | None = None) -> Findings:
     """These slices found these tokens, with these best scores."""
+    best_R = torch.tensor([1.0] * len(tokens) if best is None else best)
+    chosen = Chosen(torch.tensor(list(tokens.values())), best_R)
     return Findings(
         sampled=list(tokens),
-        token_ids_R=torch.tensor(list(tokens.values())),
-        best_R=torch.tensor([1.0] * len(tokens) if best is None else best),
+        chosen=Transfers(torch.device("cpu")).fetch(chosen.packed()),
     )
 
 

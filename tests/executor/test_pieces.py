@@ -78,10 +78,10 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str) -> None:
         for plan in mixed_script():
             sequences.apply(plan)
             inputs = filled(engine, plan, sequences)
-            rows, hidden_TD = engine.pieces.compute(inputs)
-            assert len(hidden_TD) == inputs.num_rows and hidden_TD.isfinite().all()
-            replayed = hidden_TD.clone()
-            step = engine.pieces.step(len(rows.token_ids_T))
+            computed = engine.pieces.compute(inputs)
+            replayed = computed.hidden_TD[: inputs.num_rows].clone()
+            assert len(replayed) == inputs.num_rows and replayed.isfinite().all()
+            step = engine.pieces.step(len(computed.rows.token_ids_T))
             planned = engine.attention.plan(
                 inputs.spans, page_size=PAGE_SIZE, windows=engine.build.windows, device=torch.device("cpu")
             )
@@ -97,7 +97,7 @@ def test_padding_is_stored_nowhere() -> None:
         for num_rows in engine.pieces.sizes:
             step = engine.pieces.step(num_rows)
             nothing = build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows)
-            assert len(engine.pieces.compute(nothing)[1]) == 0
+            assert engine.pieces.compute(nothing).hidden_TD.isfinite().all()
             assert step.rows.slots_T.eq(-1).all()
     assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
 

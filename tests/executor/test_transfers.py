@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from taped_engine import MOST_ROWS, Engine, decode_plan, layout_named, plans
+from taped_engine import MOST_ROWS, PARAMS, Engine, decode_plan, layout_named, plans
 
+from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import Pending
 from lockstep.executor.runner import ModelRunner
-from lockstep.executor.transfers import Transfers
+from lockstep.executor.transfers import Fetched, Transfers
 
 pytestmark = pytest.mark.suite("cpu", seconds=20)
 
@@ -63,11 +65,16 @@ class LateTransfers(Transfers):
         self.queue = Queue()
         super().__init__(HOST, self.queue.event)
 
-    def download(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _land(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor.numpy().copy()
-        host = np.full_like(kept, -77)
-        self.queue.waiting.append(lambda: np.copyto(host, kept))
-        return torch.from_numpy(host)
+        host.fill_(-77)
+        self.queue.waiting.append(lambda: np.copyto(host.numpy(), kept))
+        return host
+
+
+def place(fetched: Fetched) -> int:
+    assert fetched._host is not None
+    return fetched._host.data_ptr()
 
 
 def late_runner(engine: Engine) -> ModelRunner:
@@ -84,11 +91,12 @@ def late_runner(engine: Engine) -> ModelRunner:
     )
 
 
-@pytest.mark.parametrize("ahead", [1, 2])
-def test_results_that_are_taken_late_are_the_same(unpinned: None, ahead: int) -> None:
+@pytest.mark.parametrize("params", [PARAMS, replace(PARAMS, logprobs=None)], ids=["scored", "bare"])
+@pytest.mark.parametrize("ahead", [1, 2, 3])
+def test_results_that_are_taken_late_are_the_same(unpinned: None, ahead: int, params: SamplingParams) -> None:
     """The host never says what was sampled, and reads it after the next step was submitted."""
     layout = layout_named("llama")
-    script = plans({0: 3, 1: 9, 2: 1, 3: 4}, [2, 0], 9)
+    script = plans({0: 3, 1: 9, 2: 1, 3: 4}, [2, 0], 9, params)
     prompt_alone = Engine(layout).runner
     expected = [prompt_alone.execute(plan) for plan in script]
     runner, pending, found = late_runner(Engine(layout, with_graphs=True)), list[Pending](), []
@@ -101,16 +109,16 @@ def test_results_that_are_taken_late_are_the_same(unpinned: None, ahead: int) ->
         assert one.step_id == other.step_id
         for mine, twin in zip(one.sequences, other.sequences, strict=True):
             assert (mine.seq_id, mine.token_ids, mine.error) == (twin.seq_id, twin.token_ids, None)
-            assert mine.logprobs[0].logprob == pytest.approx(twin.logprobs[0].logprob, abs=1e-5)
-            assert [token_id for token_id, _ in mine.logprobs[0].top] == [
-                each for each, _ in twin.logprobs[0].top
-            ]
+            assert len(mine.logprobs) == (params.logprobs is not None)
+            for my_logprob, its_logprob in zip(mine.logprobs, twin.logprobs, strict=True):
+                assert my_logprob.logprob == pytest.approx(its_logprob.logprob, abs=1e-5)
+                assert [each for each, _ in my_logprob.top] == [each for each, _ in its_logprob.top]
 
 
 def test_the_double_notices_who_reads_too_early(unpinned: None) -> None:
     runner = late_runner(Engine(layout_named("llama"), with_graphs=True))
     step: Any = runner.submit(plans({0: 3}, [], 0)[0])
-    assert step.findings.token_ids_R.tolist() == [-77]
+    assert (step.findings.chosen._host == -77).all()
     assert step.result().sequences[0].token_ids[0] >= 0
     assert runner.submit(decode_plan(1, {0: 3})).result().sequences[0].error is None
 
@@ -146,6 +154,25 @@ def test_memory_grows_and_what_was_staged_before_is_kept(unpinned: None) -> None
     large = transfers.stage(np.arange(100_000))
     assert small.tolist() == [0, 1, 2, 3] and large[-1] == 99_999
     assert transfers.stage(np.zeros((0, 3), dtype=np.int32)).shape == (0, 3)
+
+
+def test_memory_of_results_is_used_again_once_they_were_read(unpinned: None) -> None:
+    """However many are under way, none is written over."""
+    transfers, tensors = LateTransfers(), [torch.arange(6).view(2, 3).int() + 10 * at for at in range(5)]
+    first, second, third = (transfers.fetch(tensor) for tensor in tensors[:3])
+    memory = {place(each) for each in (first, second, third)}
+    assert len(memory) == 3
+    transfers.queue.run(3)
+    read = [second.read()]
+    fourth, fifth, wide = (transfers.fetch(tensor) for tensor in (*tensors[3:], torch.ones(2, 500)))
+    assert place(fourth) in memory and not {place(fifth), place(wide)} & memory
+    read += [each.read() for each in (first, third)]
+    transfers.queue.run(6)
+    read += [fifth.read(), fourth.read()]
+    assert [found.tolist() for found in read] == [tensors[at].tolist() for at in (1, 0, 2, 4, 3)]
+    assert wide.read().sum() == 1000
+    with pytest.raises(AssertionError, match="written over"):
+        wide.read()
 
 
 def test_where_work_runs_at_once_nothing_is_pinned_or_waited_for() -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
@@ -20,16 +23,18 @@ from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceStart, StepPlan, TokenSlice
 from lockstep.engine.build import build_rank
 from lockstep.engine.opening import open_for_running
+from lockstep.executor import logprobs, runner
+from lockstep.executor.runner import ModelRunner
 from lockstep.parallel.mesh import Mesh
 from lockstep.tokenizer.tokenizer import Tokenizer
 
 PAGE_SIZE = 4
-# Every prompt row is scored, so that the head sees all of them; the sampled token is not looked at.
-SCORE_EVERY_ROW = SamplingParams(temperature=0.0, prompt_logprobs=0)
+# What follows every row is asked for, so that all are scored; the tokens that are sampled are not looked at.
+SCORE_EVERY_ROW = SamplingParams(temperature=0.0, prompt_logprobs=0, logprobs=0)
 
 
 class HeadProbe:
-    """Keeps what the language-model head gives, in program order."""
+    """Keeps scores of rows, in program order: what the language-model head gives where a build has this probe."""
 
     def __init__(self) -> None:
         self._logits: list[torch.Tensor] = []
@@ -38,27 +43,41 @@ class HeadProbe:
         return point.axes == ("row", "vocab")
 
     def record(self, point: ProbePoint, value: torch.Tensor) -> None:
-        self._logits.append(value.clone())
+        self.keep(value)
+
+    def keep(self, logits_RV: torch.Tensor) -> None:
+        self._logits.append(logits_RV.clone())
 
     def begin_step(self, step_id: int, rows: tuple[tuple[int, int], ...]) -> None:
         self._logits = []
 
     def rows(self) -> torch.Tensor:
-        """Logits [R, V] of the last step."""
-        return torch.cat(self._logits)
+        """Logits [R, V] of the last step, in float32 on the host."""
+        return torch.cat(self._logits).float().cpu()
 
 
 class TeacherForcedEngine:
     """One rank as the engine builds it, driven by plans of our own over known tokens.
 
-    `changed` overrides settings of the model's config.json, to make a model that is wrong on purpose.
+    `changed` overrides settings of the model's config.json, to make a model that is wrong on purpose; `options` are the
+    engine's own. A model that is `probed` tells its head's scores, and runs layer by layer, without graphs. Otherwise
+    it is as users have it, and scores are read where their log-probabilities are taken.
     """
 
-    def __init__(self, path: Path, *, dtype: str = "float32", changed: dict[str, Any] | None = None) -> None:
-        opened = open_for_running(
-            {"model": str(path), "dtype": dtype, "page_size": PAGE_SIZE, "max_total_tokens": 1024, "threads": 1}
-        )
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str = "float32",
+        changed: dict[str, Any] | None = None,
+        probed: bool = True,
+        **options: Any,
+    ) -> None:
+        settings: dict[str, Any] = {"page_size": PAGE_SIZE, "max_total_tokens": 1024, "threads": 1}
+        opened = open_for_running({"model": str(path), "dtype": dtype, **settings, **options})
+        self._page_size = opened.config.cache.page_size
         self._head = HeadProbe()
+        self._reads_scores = nullcontext if probed else partial(reading_scores, self._head.keep)
         # No text is read or written here, so a model without a tokenizer will do.
         self.rank = build_rank(
             replace(opened.files, config={**opened.files.config, **(changed or {})}),
@@ -67,8 +86,10 @@ class TeacherForcedEngine:
             opened.platform,
             cast(Tokenizer, None),
             Mesh(),
-            probe=self._head,
+            probe=self._head if probed else None,
         )
+        assert isinstance(self.rank.core.executor, ModelRunner)
+        self.runner = self.rank.core.executor
 
     def logits(
         self, sequences: Sequence[Sequence[int]], *, num_prompt_tokens: Sequence[int], chunk: int
@@ -89,29 +110,55 @@ class TeacherForcedEngine:
                 if start == len(tokens):
                     continue
                 if start == 0:
-                    started.append(SequenceStart(seq_id, SCORE_EVERY_ROW, tuple(tokens), len(tokens), 0, ()))
+                    started.append(SequenceStart(seq_id, SCORE_EVERY_ROW, tuple(tokens), num_prompt, 0, ()))
                 num_tokens = min(chunk, num_prompt - start) if start < num_prompt else 1
                 end = num_done[seq_id] = start + num_tokens
-                pages = tuple(free_pages.pop() for _ in range(num_pages(end) - num_pages(start)))
-                slices.append(TokenSlice(seq_id, start, num_tokens, pages, samples=end == len(tokens)))
+                num_new_pages = self._num_pages(end) - self._num_pages(start)
+                pages = tuple(free_pages.pop() for _ in range(num_new_pages))
+                slices.append(TokenSlice(seq_id, start, num_tokens, pages, samples=end >= num_prompt))
             if slices:
-                self.rank.core.executor.execute(StepPlan(step, tuple(started), (), tuple(slices)))
-                self._share_out(slices, found)
-        self.rank.core.executor.execute(StepPlan(-1, ended=tuple(range(len(sequences)))))
+                self._run(StepPlan(step, tuple(started), (), tuple(slices)), found)
+        self.runner.execute(StepPlan(-1, ended=tuple(range(len(sequences)))))
         return [torch.cat(rows) for rows in found]
 
-    def _share_out(self, slices: Sequence[TokenSlice], found: list[list[torch.Tensor]]) -> None:
+    def _run(self, plan: StepPlan, found: list[list[torch.Tensor]]) -> None:
         """Gives each sequence its rows: first those scored as prompt, slice by slice, then the sampled ones."""
-        scored = [(piece.seq_id, piece.num_tokens - piece.samples) for piece in slices]
-        sampled = [(piece.seq_id, 1) for piece in slices if piece.samples]
+        self._head.begin_step(plan.step_id, ())
+        with self._reads_scores():
+            self.runner.execute(plan)
+        scored = [(piece.seq_id, piece.num_tokens - piece.samples) for piece in plan.slices]
+        sampled = [(piece.seq_id, 1) for piece in plan.slices if piece.samples]
         owners = [owner for owner in (*scored, *sampled) if owner[1]]
         parts = self._head.rows().split([num_rows for _, num_rows in owners])
         for (seq_id, _), logits_RV in zip(owners, parts, strict=True):
             found[seq_id].append(logits_RV)
 
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
 
-def num_pages(num_tokens: int) -> int:
-    return -(-num_tokens // PAGE_SIZE)
+
+@contextmanager
+def reading_scores(keep: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Hands the scores of every row to `keep` when the executor takes their log-probabilities."""
+    score_tokens = logprobs.score_tokens
+
+    def read(logits_RV: torch.Tensor, *rest: Any) -> logprobs.ScoredTokens:
+        keep(logits_RV)
+        return score_tokens(logits_RV, *rest)
+
+    # Prompts' rows pass there, sampled ones here.
+    with patch.object(logprobs, "score_tokens", read), patch.object(runner, "score_tokens", read):
+        yield
+
+
+def with_weights_in(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself, its weights alone in this dtype: rotary frequencies stay in float32, as in one that is loaded.
+
+    `model.to(dtype)` would round those too, for good, and angles would be off by more the later a position is.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @torch.no_grad()

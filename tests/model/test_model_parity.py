@@ -16,6 +16,7 @@ from teacher_forcing import (
     rewrite_config,
     root_mean_square,
     transformers_logits,
+    with_weights_in,
 )
 from transformers import PreTrainedModel
 
@@ -224,6 +225,7 @@ def test_bfloat16_rounds_no_more_than_transformers_does(architecture: str, tmp_p
             parameter.copy_(parameter.bfloat16())
     case = Case(model, tmp_path)
     found = root_mean_square(case.found(dtype="bfloat16"), case.expected)
-    yardstick = root_mean_square(transformers_logits(model.bfloat16(), case.sequences), case.expected)
+    rounded = with_weights_in(model, torch.bfloat16)
+    yardstick = root_mean_square(transformers_logits(rounded, case.sequences), case.expected)
     print(f"rms error {found:.5f}, of transformers {yardstick:.5f}")
     assert 0 < found < 1.5 * yardstick

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for suite in ("model", "parallel", "engine"):
+for suite in ("model", "parallel", "engine", "decode_ops"):
     sys.path.append(str(Path(__file__).parents[1] / suite))
 
 

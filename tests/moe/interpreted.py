@@ -20,12 +20,19 @@ from lockstep.ops.contract import Case, Contract
 from lockstep.ops.registry import contracts, kernels
 
 SEED = 4
-EVERY = {"moe_topk_softmax": 8, "moe_topk_sigmoid": 10, "moe_align": 2, "grouped_gemm": 2, "fused_moe": 2}
+EVERY = {
+    "moe_topk_softmax": 8,
+    "moe_topk_sigmoid": 10,
+    "moe_align": 2,
+    "grouped_gemm": 2,
+    "fused_moe": 2,
+    "add_norm_route": 2,
+}
 """Which share of the cases runs; strides and dtypes are no multiples of these, so that each comes up."""
 
 
 def chosen_cases(contract: Contract) -> Iterator[Case]:
-    has_products = contract.name in ("grouped_gemm", "fused_moe")
+    has_products = contract.name in ("grouped_gemm", "fused_moe", "add_norm_route")
     cases = [
         case for case in contract.cases() if not (has_products and case.signature["dtype"] == torch.bfloat16)
     ]
@@ -74,6 +81,18 @@ def check_no_numbers(contract: Contract) -> None:
         torch.testing.assert_close(weights[is_plain], wanted_weights[is_plain])
 
 
+def check_routing_tiles(contract: Contract) -> None:
+    """Tiles that the rules would not choose: one part or many, few experts or all, rows beyond the rule."""
+    from lockstep.ops.add_norm_route.kernels import triton as chooser
+    from lockstep.ops.add_norm_route.tiles import Tile
+
+    cases = [case for case in contract.cases() if case.signature["dtype"] == torch.float16]
+    for number, tile in enumerate((Tile(32, 16, 64, 4), Tile(32, 64, 512, 4), Tile(64, 128, 32, 8))):
+        chooser.tile_of = lambda rows, inputs, tile=tile: tile if 0 < rows <= tile.rows else None
+        some = [case for case in cases if case.signature["inputs"] < 1024][number::5]
+        check(replace(contract, cases=lambda some=some: iter(some)))
+
+
 def check_way(contract: Contract, way: str) -> None:
     """Every number of tokens in one way, in tiles that divide neither side."""
     programs = importlib.import_module("lockstep.ops.fused_moe.programs")
@@ -103,6 +122,8 @@ def main(name: str, way: str | None = None) -> None:
     check(replace(contract, cases=lambda: chosen_cases(contract)))
     if name.startswith("moe_topk"):
         check_lanes(contract)
+    if name == "add_norm_route":
+        check_routing_tiles(contract)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lockstep.core.errors import ConfigError, PlacementError
 from lockstep.core.probe import ProbePoint
 from lockstep.layers.build import ForwardContext
 from lockstep.layers.moe import MoE
+from lockstep.layers.norm import NormSpec
 from lockstep.models.loading.sources import ShapeWeights
 from lockstep.parallel.mesh import Axis, Group, Mesh
 from lockstep.parallel.placement import Partial, reduce
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.suite("cpu")
 
 BOTH = ("ep", "tp")
 SETTINGS: dict[str, Any] = {
-    "hidden_size": 24,
+    "norm": NormSpec("norm", 24, 1e-5),
     "inner_size": 14,
     "num_experts": 10,
     "top_k": 3,
@@ -50,14 +51,18 @@ def mesh_of(ep_rank: int, ep: int, tp_rank: int, tp: int) -> tuple[Mesh, OneOf]:
     return Mesh(groups), product
 
 
-def rows() -> torch.Tensor:
-    return torch.randn(13, 24, generator=torch.Generator().manual_seed(1))
+def streams() -> tuple[torch.Tensor, torch.Tensor]:
+    """An update that is whole, and the residual."""
+    update, residual = torch.randn(2, 13, 24, generator=torch.Generator().manual_seed(1))
+    return update, residual
 
 
 @torch.inference_mode()
-def output(mesh: Mesh, **settings: Any) -> Partial:
-    layer = MoE(build_over(mesh, SeededWeights()), "mlp", **SETTINGS | settings)
-    return layer(NO_CONTEXT, rows())
+def output(mesh: Mesh) -> Partial:
+    layer = MoE(build_over(mesh, SeededWeights()), "mlp", **SETTINGS)
+    term, total = layer(NO_CONTEXT, *streams())
+    assert torch.equal(total, torch.stack(streams()).sum(0))
+    return term
 
 
 @pytest.mark.parametrize(("ep", "tp"), [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1), (3, 2), (2, 7), (10, 1)])
@@ -84,10 +89,17 @@ def test_a_reduction_over_one_axis_alone_is_refused() -> None:
         reduce(output(mesh), Mesh({"ep": OneOf(0, 2), "tp": OneOf(0, 2)}))
 
 
-def test_a_partial_input_is_refused() -> None:
-    layer = MoE(build_over(Mesh.solo(), SeededWeights()), "mlp", **SETTINGS)
-    with pytest.raises(PlacementError, match="mlp needs a whole tensor"):
-        layer(NO_CONTEXT, cast(torch.Tensor, Partial(rows(), "tp", "attention")))
+def test_an_update_that_owes_a_sum_is_summed_once_and_a_stream_that_does_is_refused() -> None:
+    mesh, _ = mesh_of(0, 1, 0, 2)
+    layer = MoE(build_over(mesh, SeededWeights()), "mlp", **SETTINGS)
+    update, residual = streams()
+    term = Partial(update, "tp", "attention")
+    layer(NO_CONTEXT, term, residual)
+    (summed,) = cast(OneOf, mesh.group("tp")).summed
+    assert torch.equal(summed, update)
+    for wrong in ((term, residual), (update, cast(torch.Tensor, Partial(residual, "tp", "attention")))):
+        with pytest.raises(PlacementError, match="attention"):
+            layer(NO_CONTEXT, *wrong)
 
 
 def test_more_ranks_than_experts() -> None:
@@ -99,7 +111,7 @@ def test_more_ranks_than_experts() -> None:
 def test_memory_is_counted_once() -> None:
     build = build_over(Mesh.solo(), ShapeWeights(), meta=True)
     MoE(build, "mlp", **SETTINGS)
-    assert build.weight_bytes == 4 * (10 * 24 + 10 * 3 * 14 * 24)
+    assert build.weight_bytes == 4 * (24 + 10 * 24 + 10 * 3 * 14 * 24)
 
 
 def test_expert_ranks_hold_their_experts_alone() -> None:
@@ -127,6 +139,6 @@ def test_probe_points_name_the_placement() -> None:
 
     build = build_over(Mesh.solo(), SeededWeights())
     build.probe = seen = Seen()
-    MoE(build, "mlp", **SETTINGS)(NO_CONTEXT, rows())
+    MoE(build, "mlp", **SETTINGS)(NO_CONTEXT, *streams())
     assert seen.points["mlp"].placement == "partial:ep,tp"
-    assert seen.shapes == {"mlp.gate": (13, 10), "mlp": (13, 24)}
+    assert seen.shapes == {"norm": (13, 24), "mlp.gate": (13, 10), "mlp": (13, 24)}

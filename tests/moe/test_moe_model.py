@@ -26,6 +26,7 @@ from lockstep.core.errors import ConfigError, LockstepError, ModelFileError
 from lockstep.formats import open_model
 from lockstep.layers.build import ForwardContext
 from lockstep.layers.moe import MoE
+from lockstep.layers.norm import NormSpec
 from lockstep.models.loading.sources import ShapeWeights, StoredWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.parallel.mesh import Mesh
@@ -150,14 +151,15 @@ def terms_of_ranks(path: Path) -> list[tuple[torch.Tensor, int]]:
         layer = MoE(
             build,
             "model.layers.0.mlp",
-            hidden_size=64,
+            norm=NormSpec("model.layers.0.post_attention_layernorm", 64, 1e-6),
             inner_size=32,
             num_experts=8,
             top_k=2,
             renormalise=True,
         )
-        rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
-        found.append((layer(cast(ForwardContext, None), rows).take(), build.weight_bytes))
+        streams = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))
+        term, _ = layer(cast(ForwardContext, None), *streams)
+        found.append((term.take(), build.weight_bytes))
     return found
 
 

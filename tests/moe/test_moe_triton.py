@@ -24,7 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-OPERATORS = ("moe_topk_softmax", "moe_topk_sigmoid", "moe_align", "grouped_gemm", "fused_moe")
+OPERATORS = ("moe_topk_softmax", "moe_topk_sigmoid", "moe_align", "grouped_gemm", "fused_moe", "add_norm_route")
 WAYS = ("fused_moe pairs", "fused_moe unrolled pairs", "fused_moe tokens", "fused_moe grouped")
 
 

@@ -22,44 +22,61 @@ _ALIGNED = 16
 """Tables and their rows begin at multiples of this many entries, so that one compiled kernel serves every step."""
 
 
+@dataclass(frozen=True, slots=True)
 class PageTables:
-    """Who owns which pages, for up to `num_sequences` sequences of up to `num_pages` pages, in fixed device memory.
+    """Who owns which pages: the arguments of attention_extend, of which decoding takes the first two."""
 
-    page_table_BP, num_keys_B and cu_rows_B1 are the arguments of attention_extend; decoding takes the first two.
-    Until `write` says otherwise there are no keys: every row is padding.
+    page_table_BP: torch.Tensor
+    num_keys_B: torch.Tensor
+    cu_rows_B1: torch.Tensor
+
+    @classmethod
+    def of(cls, spans: Spans, device: torch.device) -> PageTables:
+        """The tables of one step, in one copy to the device."""
+        count, width = len(spans), _aligned(max(1, spans.most_pages))
+        first_row, first_page = _aligned(count), _aligned(count) + _aligned(count + 1)
+        tables = np.zeros(first_page + count * width, dtype=np.int32)
+        tables[:count] = spans.num_keys_B
+        np.cumsum(spans.num_tokens_B, out=tables[first_row + 1 : first_row + count + 1])
+        known_BP = spans.page_ids_BP[:, :width]
+        tables[first_page:].reshape(count, width)[:, : known_BP.shape[1]] = known_BP
+        there = spans.stage(tables).to(device, non_blocking=True)
+        return cls(
+            there[first_page:].view(count, width),
+            there[:count],
+            there[first_row : first_row + count + 1],
+        )
+
+
+class FixedTables:
+    """The page tables of up to so many single tokens, of up to `num_pages` pages each, in fixed device memory.
+
+    `num_keys_B` is another's to write. Until it says otherwise there are no keys: every row is padding.
     """
 
-    def __init__(self, num_sequences: int, num_pages: int, page_size: int, device: torch.device) -> None:
-        self.num_sequences = num_sequences
+    def __init__(self, num_keys_B: torch.Tensor, num_pages: int, page_size: int) -> None:
+        self.num_keys_B = num_keys_B
         self.page_size = page_size
-        self._first_row = _aligned(num_sequences)
-        self._counts = torch.zeros(self._first_row + num_sequences + 1, dtype=torch.int32, device=device)
-        self.num_keys_B = self._counts[:num_sequences]
-        self.cu_rows_B1 = self._counts[self._first_row :]
-        shape = (num_sequences, _aligned(max(1, num_pages)))
-        self.page_table_BP = torch.zeros(shape, dtype=torch.int32, device=device)
+        shape = (len(num_keys_B), _aligned(max(1, num_pages)))
+        self.page_table_BP = torch.zeros(shape, dtype=torch.int32, device=num_keys_B.device)
+        self._written_BP = np.zeros(shape, dtype=np.int32)
 
-    def write(self, spans: Sequence[Span]) -> None:
-        """Makes these the first sequences and leaves the others without keys or rows, in stream order.
+    def write(self, spans: Spans) -> None:
+        """Makes these the first sequences, in stream order. What is there already is not written again.
 
         Entries that nobody follows keep what they held. Raises KernelError when there are more sequences or pages
         than fit.
         """
-        if len(spans) > self.num_sequences:
-            raise KernelError(f"{len(spans)} sequences do not fit page tables for {self.num_sequences}")
-        batch = Spans.of(spans, self.page_size)
-        width, most = self.page_table_BP.shape[1], batch.most_pages
+        (num_rows, width), count, most = self._written_BP.shape, len(spans), spans.most_pages
+        if count > num_rows:
+            raise KernelError(f"{count} sequences do not fit page tables for {num_rows}")
         if most > width:
             raise KernelError(f"a sequence of {most} pages does not fit page tables of {width}")
-        counts = np.zeros(self._counts.shape[0], dtype=np.int32)
-        counts[: len(batch)] = batch.num_keys_B
-        cu_rows_B1 = counts[self._first_row :]
-        np.cumsum(batch.num_tokens_B, out=cu_rows_B1[1 : len(batch) + 1])
-        cu_rows_B1[len(batch) + 1 :] = cu_rows_B1[len(batch)]
-        self._counts.copy_(batch.stage(counts), non_blocking=True)
-        # A table for a whole context is far wider than most sequences need.
-        table_BP = batch.page_table(_aligned(most))
-        self.page_table_BP[: len(batch), : table_BP.shape[1]].copy_(batch.stage(table_BP), non_blocking=True)
+        page_ids_BP, written_BP = spans.page_ids_BP[:, :most], self._written_BP[:count, :most]
+        if np.array_equal(page_ids_BP, written_BP):
+            return
+        written_BP[:] = page_ids_BP
+        self.page_table_BP[:count, :most].copy_(spans.stage(page_ids_BP), non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,20 +123,22 @@ class PagedBackend(AttentionBackend):
             self._extend.plan(longer, page_size=page_size, device=device) if longer else None,
         )
 
-    def fixed_plan(self, *, num_rows: int, num_pages: int, page_size: int, device: torch.device) -> PagedPlan:
-        """A plan for `num_rows` single tokens of sequences of up to `num_pages` pages; all padding at first."""
-        fixed = self._decode.fixed_plan(
-            num_rows=num_rows, num_pages=num_pages, page_size=page_size, device=device
-        )
-        return PagedPlan(page_size, num_rows, fixed, None)
+    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> PagedPlan:
+        """A plan for as many single tokens, of sequences of up to `num_pages` pages; all padding at first.
+
+        `num_keys_T` (int32, on the device) is part of it and others fill it, in stream order: the keys that each token
+        of the step sees, 0 for padding.
+        """
+        fixed = self._decode.fixed_plan(num_keys_T, num_pages=num_pages, page_size=page_size)
+        return PagedPlan(page_size, len(num_keys_T), fixed, None)
 
     def refill(self, plan: PagedPlan, spans: Sequence[Span]) -> None:
-        """Writes other single tokens into a fixed plan, in stream order; rows after them become padding.
+        """Writes the rest of a fixed plan for other single tokens, in stream order; rows after them become padding.
 
         Raises KernelError when they do not fit.
         """
         batch = Spans.of(spans, plan.page_size)
-        if plan.decode is None or batch.num_leading_single != len(batch):
+        if plan.decode is None or np.count_nonzero(batch.num_tokens_B != 1):
             raise KernelError("only plans of single tokens can be refilled, with single tokens")
         self._decode.refill(plan.decode, batch)
 

@@ -39,15 +39,16 @@ class AttentionPart(ABC):
     ) -> None:
         """Writes out [T, N, H] of one layer: the rows of the spans in order, then zeros."""
 
-    def fixed_plan(self, *, num_rows: int, num_pages: int, page_size: int, device: torch.device) -> Any:
-        """A plan in fixed memory for `num_rows` single tokens of sequences of up to `num_pages` pages: all padding.
+    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> Any:
+        """A plan in fixed memory for as many single tokens, of sequences of up to `num_pages` pages: all padding.
 
-        Raises KernelError where no graph can hold this part.
+        `num_keys_T` (int32, on the device) is part of that memory, which others fill in stream order: the keys that
+        each token of the step sees, 0 for padding. Raises KernelError where no graph can hold this part.
         """
         raise KernelError(f"no plan can be fixed: {self.why_no_graphs}")
 
     def refill(self, plan: Any, spans: Sequence[Span]) -> None:
-        """Writes other single tokens into a fixed plan, in stream order; rows after them become padding.
+        """Writes the rest of a fixed plan for other single tokens, in stream order; rows after them become padding.
 
         Raises KernelError when they do not fit.
         """

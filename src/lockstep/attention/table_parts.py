@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lockstep.attention.backend import AttentionSpec, Span
-from lockstep.attention.paged_backend import PageTables
+from lockstep.attention.paged_backend import FixedTables, PageTables
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.spans import Spans
 from lockstep.kv.pool.pool import LayerKV
@@ -27,23 +27,25 @@ class _TablePart(AttentionPart):
         return f"{self._kernel.op}.{self.provider} reads values on the host" if asks else None
 
     def plan(self, spans: Sequence[Span], *, page_size: int, device: torch.device) -> PageTables:
-        batch = Spans.of(spans, page_size)
-        tables = PageTables(len(batch), batch.most_pages, page_size, device)
-        tables.write(batch)
-        return tables
-
-    def fixed_plan(self, *, num_rows: int, num_pages: int, page_size: int, device: torch.device) -> PageTables:
-        return PageTables(num_rows, num_pages, page_size, device)
-
-    def refill(self, plan: PageTables, spans: Sequence[Span]) -> None:
-        plan.write(spans)
+        return PageTables.of(Spans.of(spans, page_size), device)
 
 
 class DecodeTables(_TablePart):
     """A kernel of attention_decode, over page tables."""
 
+    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> FixedTables:
+        return FixedTables(num_keys_T, num_pages, page_size)
+
+    def refill(self, plan: FixedTables, spans: Sequence[Span]) -> None:
+        plan.write(Spans.of(spans, plan.page_size))
+
     def run(
-        self, plan: PageTables, q_TNH: torch.Tensor, kv: LayerKV, spec: AttentionSpec, out_TNH: torch.Tensor
+        self,
+        plan: PageTables | FixedTables,
+        q_TNH: torch.Tensor,
+        kv: LayerKV,
+        spec: AttentionSpec,
+        out_TNH: torch.Tensor,
     ) -> None:
         where = (plan.page_table_BP, plan.num_keys_B)
         how = (spec.scale, spec.window, spec.soft_cap)

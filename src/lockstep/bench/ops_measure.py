@@ -186,11 +186,10 @@ class _Trial:
     def _worst_share(self, found: NamedTensors) -> float:
         """The largest error in tolerances; infinite where a result has another shape or dtype."""
         worst = 0.0
-        for (_, value), (_, expected) in zip(found, self._expected, strict=True):
+        for (name, value), (_, expected) in zip(found, self._expected, strict=True):
             if value.shape != expected.shape or value.dtype != expected.dtype:
                 return math.inf
-            by_dtype = self._contract.tolerance
-            tolerance = by_dtype.get(expected.dtype, by_dtype[self._expected[0][1].dtype])
+            tolerance = self._contract.accepted(name, expected.dtype, self._expected[0][1].dtype)
             worst = max(worst, *_shares(value, expected, tolerance), 0.0)
         return worst
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from lockstep.config import EngineConfig, ModelFacts
+from lockstep.config.memory import human_bytes
+from lockstep.core.errors import OutOfMemory
 from lockstep.core.probe import Probe
 from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import Executor, SequenceStart, StepPlan, TokenSlice
@@ -81,16 +85,19 @@ def build_rank(
         return BuiltRank(core, _num_pages_configured(config), ())
     before = platform.memory(mesh.everyone.rank)
     with open_weights(files, config, platform, mesh.everyone.rank) as weights:
-        loaded = load_model(
-            facts,
-            files.config,
-            config,
-            platform,
-            mesh,
-            weights,
-            probe=probe,
-            on_weight=_counter(len(files.tensors), progress),
-        )
+        try:
+            loaded = load_model(
+                facts,
+                files.config,
+                config,
+                platform,
+                mesh,
+                weights,
+                probe=probe,
+                on_weight=_counter(len(files.tensors), progress),
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(_no_room_for_weights(facts, config, before.available_bytes)) from error
         if mesh.everyone.rank == 0 and isinstance(weights, StoredWeights):
             # Some weights belong to the first rank alone, such as the bias of a product whose terms are summed.
             weights.require_all_used(but=loaded.build.left_to_others)
@@ -110,6 +117,17 @@ def build_rank(
     platform.settle()
     core = EngineCore(_scheduler(files, config, num_pages, num_host_pages), executor)
     return BuiltRank(core, num_pages, loaded.bindings, sizing, pool)
+
+
+def _no_room_for_weights(facts: ModelFacts, config: EngineConfig, available_bytes: int) -> str:
+    """What to tell when the device ran out of memory while weights were loaded, though they had seemed to fit."""
+    model, parallel = config.model, config.parallel
+    held_bytes = facts.held_weight_bytes(model.dtype, model.quantization, copies=parallel.ep)
+    return (
+        f"the weights ({human_bytes(held_bytes // parallel.num_ranks)} on each device) do not fit: "
+        f"{human_bytes(available_bytes)} were free before; end what else takes the device's memory, "
+        "share the weights out with --tp, or choose a smaller model"
+    )
 
 
 def first_step(executor: ModelRunner, *, num_tokens: int, page_size: int) -> None:

@@ -14,7 +14,15 @@ from lockstep.config import EngineConfig
 from lockstep.core.errors import KernelError
 from lockstep.core.probe import Probe
 from lockstep.engine.loading import LoadedModel
-from lockstep.executor.graphs import DecodeGraphs, GraphMemory, StepGraphs, why_no_graphs, why_no_pieces
+from lockstep.executor.graphs import (
+    DecodeGraphs,
+    GraphMemory,
+    Recipe,
+    StepGraphs,
+    why_no_choice,
+    why_no_graphs,
+    why_no_pieces,
+)
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import LastTokens
 from lockstep.executor.pieces import PiecedSteps, most_pieced_rows
@@ -92,23 +100,24 @@ class Runners:
         device, most_requests = self._loaded.build.device, self._config.scheduler.max_running_requests
         last_tokens = LastTokens(most_requests, device)
         memory = GraphMemory(self._platform.new_graph)
-        forward, attention = self._loaded.model.forward, self._loaded.attention
+        attention = self._loaded.attention
         whole = pieces = None
         if self.graph_use.decode == "full":
             assert isinstance(attention, PagedBackend), "no other has plans that can be filled again"
-            whole = DecodeGraphs(
-                forward,
+            recipe = Recipe(
+                self._loaded.model,
                 attention,
                 pool,
                 last_tokens,
-                most_rows=most_requests,
+                self._loaded.sampling,
                 num_pages=-(-self._config.model.context_length // pool.page_size),
                 device=device,
                 new_graph=memory.new,
             )
+            whole = DecodeGraphs(recipe, most_rows=most_requests)
         if "piecewise" in (self.graph_use.decode, self.graph_use.extend):
             pieces = PiecedSteps(
-                forward,
+                self._loaded.model.forward,
                 attention,
                 pool,
                 last_tokens,
@@ -177,7 +186,8 @@ def decide_graphs(
     elif decode == "full" and (reason := why_no_graphs(bindings, attention)) is not None:
         use = GraphUse("piecewise", extend, (f"decoding in pieces: {reason}",))
     else:
-        use = GraphUse(decode, extend)
+        apart = why_no_choice(bindings) if decode == "full" else None
+        use = GraphUse(decode, extend, () if apart is None else (f"greedy choices beside them: {apart}",))
     if reason is not None and config.kernels.strict_kernels:
         raise KernelError(f"--strict-kernels: --graphs {decode}, --extend-graphs {extend} cannot be: {reason}")
     return use

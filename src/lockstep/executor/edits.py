@@ -75,6 +75,10 @@ class ScoreEdits:
         if wishes is not None and wishes.tally is not None:
             self._tallies.end(wishes.tally)
 
+    def edited_until(self, slot: int) -> int:
+        """The position from which on the scores of the sequence of this slot stay as they are."""
+        return int(self._edited_until_S[slot])
+
     def any(self, slot_R: np.ndarray, position_R: np.ndarray) -> bool:
         """True when `apply` would change the scores of one of these."""
         return bool((position_R < self._edited_until_S[slot_R]).any())

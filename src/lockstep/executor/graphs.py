@@ -2,23 +2,29 @@
 
 A graph reads and writes the same memory each time, so a step's rows and page tables are copied there first. Rows that
 the graph has and the step has not are padding: tokens that are stored nowhere and see no keys. A graph holds what the
-model's forward submitted when it was recorded: the kernels that were bound when the model was built, and no others.
-Shapes: T rows, D model.
+model submitted when it was recorded: the kernels that were bound when it was built, and no others. It ends with the
+scores of every row. A second, small one chooses the best of each: it is replayed when nobody wants anything else.
+Shapes: T rows, D model, V vocabulary.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.step import StepPlan
-from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, padding_rows
-from lockstep.executor.pieces import Forward, PiecedSteps
+from lockstep.executor.computed import Computed, RecordedChoice
+from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows
+from lockstep.executor.pieces import PiecedSteps
+from lockstep.executor.sampler import Chosen, SamplingKernels
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
+from lockstep.models.llm.decoder import DecoderModel
 from lockstep.ops.selection import Binding
 from lockstep.platforms.base import DeviceGraph
 
@@ -26,7 +32,7 @@ NewGraph = Callable[[DeviceGraph | None], DeviceGraph]
 """Makes a graph in the memory of another."""
 
 _NOT_ASKED = ("attention_decode", "attention_extend", "argmax", "top_k_top_p_sample", "decoder_forward")
-"""Operators outside of a step of single tokens that runs layer by layer, and those that the backend answers for."""
+"""Operators without which a step of single tokens can be recorded, and those that the backend answers for."""
 
 SMALLEST = 8
 """Up to this many rows, graphs are recorded at start."""
@@ -61,95 +67,109 @@ def why_no_graphs(bindings: Iterable[Binding], attention: AttentionBackend) -> s
     return attention.why_no_graphs
 
 
+def why_no_choice(bindings: Iterable[Binding]) -> str | None:
+    """The reason why the greedy choice after such a step cannot be recorded; None when it can."""
+    asking = (each for each in bindings if each.op == "argmax" and each.kernel.asks_host)
+    return next((f"argmax.{each.kernel.provider} reads values on the host" for each in asking), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What steps of single tokens are recorded from. `num_pages` is the most that a sequence can have.
+
+    Tokens that the host does not know yet are taken from `last_tokens` by the graphs themselves.
+    """
+
+    model: DecoderModel
+    attention: PagedBackend
+    pool: KVPool
+    last_tokens: LastTokens
+    sampling: SamplingKernels
+    num_pages: int
+    device: torch.device
+    new_graph: Callable[[], DeviceGraph]
+
+
 class RecordedStep:
     """A step of `num_rows` single tokens in memory of its own: filled, then computed, as often as wanted."""
 
-    def __init__(
-        self,
-        num_rows: int,
-        forward: Forward,
-        attention: PagedBackend,
-        pool: KVPool,
-        last_tokens: LastTokens,
-        *,
-        num_pages: int,
-        device: torch.device,
-        graph: DeviceGraph,
-    ) -> None:
-        self.num_rows = num_rows
-        self._graph = graph
-        self._forward = forward
-        self._attention = attention
-        self._last_tokens = last_tokens
-        self._plan = attention.fixed_plan(
-            num_rows=num_rows, num_pages=num_pages, page_size=pool.page_size, device=device
+    def __init__(self, num_rows: int, recipe: Recipe) -> None:
+        self.rows = padding_rows(num_rows, recipe.device)
+        self._recipe = recipe
+        self._plan = recipe.attention.fixed_plan(
+            self.rows.num_keys_T, num_pages=recipe.num_pages, page_size=recipe.pool.page_size
         )
-        self.rows = padding_rows(num_rows, device)
-        self._context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, self._plan, pool)
+        self._context = ForwardContext(
+            self.rows.positions_T, self.rows.slots_T, recipe.attention, self._plan, recipe.pool
+        )
         # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
-        self.run()
-        with graph.capture():
-            self._hidden_TD = self.run()
+        has_choice = self._can_choose(self.run()[1])
+        self._graph = recipe.new_graph()
+        with self._graph.capture():
+            hidden_TD, logits_TV = self.run()
+        choice = RecordedChoice(recipe.new_graph(), lambda: self.choose(logits_TV)) if has_choice else None
+        # Alive until here, so that none of them lies where another one does. Graphs of other sizes may write over them.
+        self.computed = Computed(
+            self.rows,
+            self._graph.place(hidden_TD),
+            self._graph.place(logits_TV),
+            choice,
+        )
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step of `num_rows` rows, padding included, to where the graph reads it."""
-        self.rows.facts_5T.copy_(inputs.spans.stage(inputs.facts_5T), non_blocking=True)
-        self._attention.refill(self._plan, inputs.spans)
+        self.rows.fill(inputs)
+        self._recipe.attention.refill(self._plan, inputs.spans)
 
-    def run(self) -> torch.Tensor:
-        """Hidden rows [T, D] of what was filled in, without the graph."""
-        return self._forward(self._context, self._last_tokens.resolve(self.rows))
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden rows [T, D] and scores [T, V] of what was filled in, without the graph."""
+        model, token_ids_T = self._recipe.model, self._recipe.last_tokens.resolve(self.rows)
+        hidden_TD = model.forward(self._context, token_ids_T)
+        return hidden_TD, model.logits(hidden_TD)
 
-    def replay(self) -> torch.Tensor:
-        """Hidden rows [T, D] of what was filled in, by the graph; valid until its next replay."""
+    def choose(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        """The best token of each row, kept for the next step and packed as Chosen packs it, without the graph."""
+        best_T, token_ids_T = self._recipe.sampling.argmax_of(logits_TV).function(logits_TV)
+        self._recipe.last_tokens.keep_padded(self.rows.owners_T, token_ids_T)
+        return Chosen(token_ids_T, best_T).packed()
+
+    def replay(self) -> Computed:
+        """What was filled in, computed by the graph; valid until the next replay of any graph."""
         self._graph.replay()
-        return self._hidden_TD
+        return self.computed
+
+    def _can_choose(self, logits_TV: torch.Tensor) -> bool:
+        """True when the choice can be recorded, once it has run."""
+        if self._recipe.sampling.argmax_of(logits_TV).asks_host:
+            return False
+        self.choose(logits_TV)
+        return True
 
 
 class DecodeGraphs:
-    """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted.
+    """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted."""
 
-    `num_pages` is the most that a sequence can have.
-    Tokens that the host does not know yet are taken from `last_tokens` by the graph itself.
-    """
-
-    def __init__(
-        self,
-        forward: Forward,
-        attention: PagedBackend,
-        pool: KVPool,
-        last_tokens: LastTokens,
-        *,
-        most_rows: int,
-        num_pages: int,
-        device: torch.device,
-        new_graph: Callable[[], DeviceGraph],
-    ) -> None:
-        self._forward = forward
-        self._attention = attention
-        self._pool = pool
-        self._last_tokens = last_tokens
-        self._num_pages = num_pages
-        self._device = device
-        self._new_graph = new_graph
+    def __init__(self, recipe: Recipe, *, most_rows: int) -> None:
+        self._recipe = recipe
         self.sizes = ladder(most_rows)
         self._recorded: dict[int, RecordedStep] = {}
 
     def num_rows_for(self, plan: StepPlan) -> int | None:
         """Rows of the smallest graph that can hold the plan, or None when none can."""
-        if any(piece.num_tokens != 1 for piece in plan.slices):
+        at = bisect_left(self.sizes, len(plan.slices))
+        if at == len(self.sizes) or any([piece.num_tokens != 1 for piece in plan.slices]):
             return None
-        return next((size for size in self.sizes if size >= len(plan.slices)), None)
+        return self.sizes[at]
 
     def holds(self, inputs: StepInputs) -> bool:
         """True for a step that was padded to one of the sizes."""
         return inputs.facts_5T.shape[1] in self.sizes and inputs.num_rows == len(inputs.spans)
 
-    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
-        """The rows and hidden rows [T, D] of a step that was padded to one of the sizes, padding left out of these."""
+    def compute(self, inputs: StepInputs) -> Computed:
+        """A step that was padded to one of the sizes."""
         step = self.step(inputs.facts_5T.shape[1])
         step.fill(inputs)
-        return step.rows, step.replay()[: len(inputs.spans)]
+        return step.replay()
 
     def record_smallest(self) -> None:
         """Records the sizes that nearly every use wants, so that no request waits for them."""
@@ -164,17 +184,14 @@ class DecodeGraphs:
 
     def step(self, num_rows: int) -> RecordedStep:
         """The recorded step of one of the sizes."""
+        if num_rows > SMALLEST:
+            # The largest before others of many rows: these find room where its scores were.
+            self._record(self.sizes[-1])
+        return self._record(num_rows)
+
+    def _record(self, num_rows: int) -> RecordedStep:
         if num_rows not in self._recorded:
-            self._recorded[num_rows] = RecordedStep(
-                num_rows,
-                self._forward,
-                self._attention,
-                self._pool,
-                self._last_tokens,
-                num_pages=self._num_pages,
-                device=self._device,
-                graph=self._new_graph(),
-            )
+            self._recorded[num_rows] = RecordedStep(num_rows, self._recipe)
         return self._recorded[num_rows]
 
 
@@ -211,8 +228,8 @@ class StepGraphs:
                 return num_rows
         return None
 
-    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
-        """The rows and hidden rows [T, D] of a step padded to `num_rows_for`, padding left out of these."""
+    def compute(self, inputs: StepInputs) -> Computed:
+        """A step padded to `num_rows_for`."""
         is_whole = self._whole is not None and self._whole.holds(inputs)
         steps = self._whole if is_whole else self._pieces
         assert steps is not None, "only steps that a graph can hold are padded"

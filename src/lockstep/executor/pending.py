@@ -12,7 +12,8 @@ from lockstep.core.errors import InvalidRequest
 from lockstep.core.step import SequenceResult, StepPlan, StepResult
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.logprobs import ScoredTokens
-from lockstep.executor.sampler import explain
+from lockstep.executor.sampler import explain, unpack
+from lockstep.executor.transfers import Fetched
 from lockstep.platforms.base import DeviceEvent
 
 
@@ -20,17 +21,21 @@ from lockstep.platforms.base import DeviceEvent
 class Findings:
     """What a step finds, on its way to the host. Slices are named by their number in the plan.
 
-    `sampled` are those with a row in `token_ids_R` and `best_R`, `scored` those rows of them that `logprobs` tells of.
+    `sampled` are those with a column in `chosen`, which is packed as Chosen packs it and may go on with padding;
+    `scored` are those columns of them that `logprobs` tells of.
     """
 
     errors: dict[int, str] = field(default_factory=dict)
     embeddings: dict[int, torch.Tensor] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[ScoredTokens]] = field(default_factory=dict)
     sampled: Sequence[int] = ()
-    token_ids_R: torch.Tensor | None = None
-    best_R: torch.Tensor | None = None
+    chosen: Fetched | None = None
     scored: Sequence[int] = ()
     logprobs: ScoredTokens | None = None
+
+    def read_chosen(self) -> tuple[list[int], list[float]]:
+        """The token and the best score of each that sampled."""
+        return ([], []) if self.chosen is None else unpack(self.chosen.read(), len(self.sampled))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,8 @@ class PendingStep:
         if self.event is not None:
             self.event.synchronize()
         findings = self.findings
-        found = self._read_tokens()
+        token_ids, best = findings.read_chosen()
+        found = self._results(token_ids)
         for index, scores in findings.prompt_logprobs.items():
             found[index].prompt_logprobs = tuple(row for piece in scores for row in piece.read())
         for index, unit_D in findings.embeddings.items():
@@ -55,24 +61,22 @@ class PendingStep:
         if findings.logprobs is not None:
             for row, logprob in zip(findings.scored, findings.logprobs.read(), strict=True):
                 found[findings.sampled[row]].logprobs = (logprob,)
-        self._refuse_tokens(found)
+        self._refuse_tokens(found, best)
         self._tell_hooks(found)
         for index, error in findings.errors.items():
             found[index].error = error
         return StepResult(self.plan.step_id, tuple(found))
 
-    def _read_tokens(self) -> list[SequenceResult]:
+    def _results(self, token_ids: Sequence[int]) -> list[SequenceResult]:
         """A result for each slice, with its token where one was sampled."""
-        findings, slices = self.findings, self.plan.slices
+        slices = self.plan.slices
         tokens_of: list[tuple[int, ...]] = [()] * len(slices)
-        if findings.token_ids_R is not None:
-            for index, token_id in zip(findings.sampled, findings.token_ids_R.tolist(), strict=True):
-                tokens_of[index] = (token_id,)
+        for index, token_id in zip(self.findings.sampled, token_ids, strict=True):
+            tokens_of[index] = (token_id,)
         return [SequenceResult(piece.seq_id, tokens) for piece, tokens in zip(slices, tokens_of, strict=True)]
 
-    def _refuse_tokens(self, found: list[SequenceResult]) -> None:
+    def _refuse_tokens(self, found: list[SequenceResult], best: Sequence[float]) -> None:
         """Puts errors in the place of tokens that were no choice."""
-        best: list[float] = [] if self.findings.best_R is None else self.findings.best_R.tolist()
         if math.isfinite(sum(best)):
             return  # A sum is finite only when every part of it is.
         for index, score in zip(self.findings.sampled, best, strict=True):

@@ -17,7 +17,8 @@ import torch
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
 from lockstep.core.errors import KernelError
 from lockstep.core.step import StepPlan
-from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, padding_rows
+from lockstep.executor.computed import Computed
+from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows
 from lockstep.kv.pool.pool import KVPool, LayerKV
 from lockstep.layers.build import ForwardContext
 from lockstep.platforms.base import DeviceGraph
@@ -135,10 +136,6 @@ class PiecedStep:
         self._pieces, self._attending = cutter.pieces, cutter.attending
         self._hidden_TD = self._pieces[-1].place(hidden_TD)
 
-    def fill(self, inputs: StepInputs) -> None:
-        """Copies a step of `num_rows` rows, padding included, to where the pieces read it."""
-        self.rows.facts_5T.copy_(inputs.spans.stage(inputs.facts_5T), non_blocking=True)
-
     def run(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
         """Hidden rows [T, D] of what was filled in, without graphs."""
         context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, plan, self._pool)
@@ -192,14 +189,14 @@ class PiecedSteps:
             return None
         return next((size for size in self.sizes if size >= num_rows), None)
 
-    def compute(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
-        """The rows and hidden rows [T, D] of a step that was padded to one of the sizes, padding left out of these."""
+    def compute(self, inputs: StepInputs) -> Computed:
+        """A step that was padded to one of the sizes."""
         step = self.step(inputs.facts_5T.shape[1])
-        step.fill(inputs)
+        step.rows.fill(inputs)
         plan = self._attention.plan(
             inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
         )
-        return step.rows, step.replay(self._attention, plan)[: inputs.num_rows]
+        return Computed(step.rows, step.replay(self._attention, plan))
 
     @property
     def missing(self) -> list[int]:

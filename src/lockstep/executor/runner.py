@@ -14,6 +14,7 @@ from lockstep.attention.backend import AttentionBackend
 from lockstep.core.errors import InvalidRequest
 from lockstep.core.probe import Probe
 from lockstep.core.step import Landed, Pending, StepPlan, StepResult, TokenSlice
+from lockstep.executor.computed import Computed
 from lockstep.executor.graphs import StepGraphs
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, build_inputs
@@ -117,14 +118,14 @@ class ModelRunner:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
             self._probe.begin_step(plan.step_id, tuple(rows))
         if self._graphs is not None and num_graph_rows is not None:
-            rows_T, hidden_TD = self._graphs.compute(inputs)
+            computed = self._graphs.compute(inputs)
         else:
-            rows_T, hidden_TD = self._forward(inputs)
-        findings = self._find(plan, inputs, rows_T, hidden_TD)
+            computed = self._forward(inputs)
+        findings = self._find(plan, inputs, computed)
         return PendingStep(plan, findings, self._hooks, self._transfers.end_step())
 
-    def _forward(self, inputs: StepInputs) -> tuple[StepRows, torch.Tensor]:
-        rows = StepRows(self._transfers.upload(inputs.facts_5T))
+    def _forward(self, inputs: StepInputs) -> Computed:
+        rows = StepRows(self._transfers.upload(inputs.memory), inputs.num_rows)
         plan = self._attention.plan(
             inputs.spans,
             page_size=self._pool.page_size,
@@ -132,9 +133,9 @@ class ModelRunner:
             device=self._transfers.device,
         )
         context = ForwardContext(rows.positions_T, rows.slots_T, self._attention, plan, self._pool)
-        return rows, self._model.forward(context, self._last_tokens.resolve(rows))
+        return Computed(rows, self._model.forward(context, self._last_tokens.resolve(rows)))
 
-    def _find(self, plan: StepPlan, inputs: StepInputs, rows: StepRows, hidden_TD: torch.Tensor) -> Findings:
+    def _find(self, plan: StepPlan, inputs: StepInputs, computed: Computed) -> Findings:
         findings = Findings()
         samples_B = inputs.samples_B.copy()
         for index in np.nonzero(self._sequences.is_special_S[inputs.owner_B])[0].tolist():
@@ -144,9 +145,11 @@ class ModelRunner:
                 findings.errors[index] = state.error
                 samples_B[index] = False
             else:
-                self._find_more(findings, index, state, piece, hidden_TD[first : first + piece.num_tokens])
-        if samples_B.any():
-            self._sample(findings, np.nonzero(samples_B)[0], plan, inputs, rows, hidden_TD)
+                rows_TD = computed.hidden_TD[first : first + piece.num_tokens]
+                self._find_more(findings, index, state, piece, rows_TD)
+        sampled = np.nonzero(samples_B)[0]
+        if len(sampled):
+            self._sample(findings, sampled, plan, inputs, computed)
         return findings
 
     def _find_more(
@@ -173,36 +176,42 @@ class ModelRunner:
         return score_prompt(rows_TD, self._model.logits, next_token_ids_T, num_top, self._transfers)
 
     def _sample(
-        self,
-        findings: Findings,
-        sampled: np.ndarray,
-        plan: StepPlan,
-        inputs: StepInputs,
-        rows: StepRows,
-        hidden_TD: torch.Tensor,
+        self, findings: Findings, sampled: np.ndarray, plan: StepPlan, inputs: StepInputs, computed: Computed
     ) -> None:
         """Chooses tokens for these slices, leaves them where the next step looks for them, and sends them home."""
-        owners_R = rows.owners_T[: len(sampled)]
-        if len(sampled) < inputs.num_rows:
-            row_R = self._transfers.upload(inputs.last_row_B[sampled])
-            hidden_TD, owners_R = hidden_TD.index_select(0, row_R), rows.owners_T.index_select(0, row_R)
-        logits_RV = self._model.logits(hidden_TD)
-        position_B = inputs.spans.num_keys_B
         findings.sampled = sampled.tolist()
         seq_ids = [plan.slices[index].seq_id for index in findings.sampled]
         slot_R = inputs.owner_B[sampled]
+        sampling = Sampling(seq_ids, slot_R, inputs.spans.num_keys_B[sampled])
         scored = np.nonzero(self._sequences.is_scored_S[slot_R])[0]
+        is_whole = len(sampled) == inputs.num_rows
+        if is_whole and computed.choice is not None and not len(scored) and self._sampler.is_bare(sampling):
+            findings.chosen = self._transfers.fetch(computed.choice.replay())
+            return
+        owners_R, logits_RV = self._score(inputs, computed, sampled)
         # Log-probabilities are of the model's own distribution, before the sampler edits the scores.
         untouched_RV = logits_RV[self._transfers.upload(scored)] if len(scored) else None
-        chosen = self._sampler.choose(logits_RV, Sampling(seq_ids, slot_R, position_B[sampled]))
+        chosen = self._sampler.choose(logits_RV, sampling)
         self._last_tokens.keep(owners_R, chosen.token_ids_R)
-        findings.token_ids_R = self._transfers.download(chosen.token_ids_R)
-        findings.best_R = self._transfers.download(chosen.best_R)
+        findings.chosen = self._transfers.fetch(chosen.packed())
         if untouched_RV is not None:
             token_ids = chosen.token_ids_R[self._transfers.upload(scored)]
             findings.scored = scored.tolist()
             num_top = [self._sequences[seq_ids[row]].params.logprobs or 0 for row in findings.scored]
             findings.logprobs = score_tokens(untouched_RV, token_ids, num_top, self._transfers)
+
+    def _score(
+        self, inputs: StepInputs, computed: Computed, sampled: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The owners [R] and the scores [R, V] of the last rows of these slices."""
+        owners_T, hidden_TD, logits_TV = computed.rows.owners_T, computed.hidden_TD, computed.logits_TV
+        count = len(sampled)
+        if count < inputs.num_rows:
+            row_R = self._transfers.upload(inputs.last_row_B[sampled])
+            return owners_T.index_select(0, row_R), self._model.logits(hidden_TD.index_select(0, row_R))
+        if logits_TV is not None:
+            return owners_T[:count], logits_TV[:count]
+        return owners_T[:count], self._model.logits(hidden_TD[:count])
 
 
 def _pool_rows(state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ from lockstep.ops.contract import Kernel
 from lockstep.ops.top_k_top_p_sample.kernels.torch import KERNELS as STOCK_SAMPLE
 from lockstep.ops.top_k_top_p_sample.kernels.torch import sample_unfiltered
 
+_NEVER = np.iinfo(np.int64).max
 _ALIGNED = 16
 """Columns begin at multiples of this many entries, so that one compiled kernel serves any number of rows."""
 
@@ -35,6 +36,10 @@ class SamplingKernels:
     argmax: Kernel = STOCK_ARGMAX[0]
     sample: Kernel = STOCK_SAMPLE[0]
     bare_argmax: Kernel = STOCK_ARGMAX[0]
+
+    def argmax_of(self, logits_RV: torch.Tensor) -> Kernel:
+        """The one that serves these scores."""
+        return self.argmax if logits_RV.dtype == torch.float32 else self.bare_argmax
 
 
 STOCK = SamplingKernels()
@@ -55,6 +60,20 @@ class Chosen:
 
     token_ids_R: torch.Tensor
     best_R: torch.Tensor
+
+    def packed(self) -> torch.Tensor:
+        """Both as one tensor, int32 [2, R], for one copy to the host: see `unpack`."""
+        shape, device = (2, len(self.token_ids_R)), self.token_ids_R.device
+        packed_2R = torch.empty(shape, dtype=torch.int32, device=device)
+        packed_2R[0].copy_(self.token_ids_R)
+        packed_2R[1].view(torch.float32).copy_(self.best_R)
+        return packed_2R
+
+
+def unpack(packed_2R: np.ndarray, count: int) -> tuple[list[int], list[float]]:
+    """The first `count` tokens, and their best scores in float32, of what `Chosen.packed` gave."""
+    token_ids_R, best_R = packed_2R[:, :count]
+    return token_ids_R.tolist(), best_R.view(np.float32).tolist()
 
 
 class Sampler:
@@ -79,6 +98,8 @@ class Sampler:
         self._kernels = kernels
         self._edits = ScoreEdits(max_sequences, eos_token_ids, transfers)
         self._draws_S = np.zeros(max_sequences + 1, dtype=bool)
+        self._bare_from_S = np.zeros(max_sequences + 1, dtype=np.int64)
+        """Positions from which on a sequence's tokens are the best of its scores as they are."""
         self._seed_S = np.zeros(max_sequences + 1, dtype=np.uint64)
         self._filters_S4 = np.zeros((max_sequences + 1, 4), dtype=np.float64)
         self._is_filtered_S = np.zeros(max_sequences + 1, dtype=bool)
@@ -93,10 +114,17 @@ class Sampler:
         self._filters_S4[slot] = (1, 1, 0, 1) if params.greedy else filters
         self._is_filtered_S[slot] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
         self._edits.start(slot, start, self._vocab_size)
+        self._bare_from_S[slot] = self._edits.edited_until(slot) if params.greedy else _NEVER
 
     def end(self, slot: int) -> None:
         """The sequence of this slot left."""
         self._edits.end(slot)
+
+    def is_bare(self, sampling: Sampling) -> bool:
+        """True when `choose` gives the best of the scores as they are and takes note of nothing."""
+        if np.count_nonzero(sampling.position_R < self._bare_from_S[sampling.slot_R]):
+            return False
+        return not any(hook.active(sampling.seq_ids) for hook in self._hooks)
 
     def choose(self, logits_RV: torch.Tensor, sampling: Sampling) -> Chosen:
         """One token a row, in stream order. May overwrite `logits_RV`; all but a bare greedy choice is in float32."""
@@ -104,7 +132,7 @@ class Sampler:
         draws = self._draws_S[sampling.slot_R].any()
         if hooks or draws or self._edits.any(sampling.slot_R, sampling.position_R):
             logits_RV = logits_RV.float()
-        argmax = self._kernels.argmax if logits_RV.dtype == torch.float32 else self._kernels.bare_argmax
+        argmax = self._kernels.argmax_of(logits_RV)
         self._edits.apply(logits_RV, sampling.slot_R, sampling.position_R)
         for hook in hooks:
             hook.mask(sampling.seq_ids, logits_RV)

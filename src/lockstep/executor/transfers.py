@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Transfers:
         self._is_immediate = new_event() is None
         self._rooms = (_Room(), _Room())
         self._turn = 0
+        self._landings = defaultdict[tuple[torch.Size, torch.dtype], list[torch.Tensor]](list)
 
     def begin_step(self) -> None:
         """Everything staged from now on belongs to a new step."""
@@ -50,11 +52,41 @@ class Transfers:
         return self.stage(array).to(self.device, non_blocking=True)
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A host tensor with these values, of this moment in the stream, once the step's event has passed."""
-        if self._is_immediate:
-            return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+        """A host tensor with these values, of this moment in the stream, once the step's event has passed.
+
+        For what few steps want: the memory is new.
+        """
         # torch's own allocator keeps pinned memory that is let go until the copy into it has run.
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return self._land(self._new_memory(tensor.shape, tensor.dtype), tensor)
+
+    def fetch(self, tensor: torch.Tensor) -> Fetched:
+        """The same for what every step has, into memory that is used again once it was read."""
+        landings = self._landings[tensor.shape, tensor.dtype]
+        host = landings.pop() if landings else self._new_memory(tensor.shape, tensor.dtype)
+        return Fetched(self._land(host, tensor), landings)
+
+    def _new_memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=not self._is_immediate)
+
+    def _land(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """Has the host tensor filled with these values."""
+        return host.copy_(tensor, non_blocking=not self._is_immediate)
+
+
+class Fetched:
+    """Values on their way to the host, there once the step's event has passed."""
+
+    def __init__(self, host: torch.Tensor, landings: list[torch.Tensor]) -> None:
+        self._host: torch.Tensor | None = host
+        self._landings = landings
+
+    def read(self) -> np.ndarray:
+        """The values. Called once: others take the memory after that."""
+        host, self._host = self._host, None
+        assert host is not None, "what was read may have been written over"
+        values = host.numpy().copy()
+        self._landings.append(host)
+        return values
 
 
 class _Room:
@@ -62,8 +94,8 @@ class _Room:
 
     def __init__(self) -> None:
         self.event: DeviceEvent | None = None
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._outgrown: list[torch.Tensor] = []
+        self._memory = np.empty(0, dtype=np.uint8)
+        self._outgrown: list[np.ndarray] = []
         self._num_used = 0
 
     def clear(self) -> None:
@@ -78,9 +110,9 @@ class _Room:
         end = self._num_used + array.nbytes
         if end > len(self._memory):
             self._outgrown.append(self._memory)
-            self._memory = torch.empty(2 * end, dtype=torch.uint8, pin_memory=True)
-        source = torch.from_numpy(array)
-        staged = self._memory[self._num_used : end].view(source.dtype).view(source.shape)
-        staged.copy_(source)
+            # Seen through numpy, which takes less time for the few steps that it takes to fill it.
+            self._memory = torch.empty(2 * end, dtype=torch.uint8, pin_memory=True).numpy()
+        staged = self._memory[self._num_used : end].view(array.dtype).reshape(array.shape)
+        staged[...] = array
         self._num_used = -(-end // _ALIGNED_BYTES) * _ALIGNED_BYTES
-        return staged
+        return torch.from_numpy(staged)

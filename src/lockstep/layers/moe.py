@@ -1,4 +1,4 @@
-"""Mixtures of gated feed-forward experts: routing, experts split over ranks.
+"""Mixtures of gated feed-forward experts, which are split over ranks.
 
 Shapes: T tokens, D model, E experts (this rank's, but the router scores all), F inner width (this rank's), K experts of
 each token.
@@ -13,10 +13,12 @@ import torch
 
 from lockstep.core.errors import ConfigError, ModelFileError
 from lockstep.layers.build import Build, ForwardContext, Place, Slice
-from lockstep.layers.linear import TP, Part, Product
+from lockstep.layers.linear import TP, Part
+from lockstep.layers.norm import NormSpec
+from lockstep.layers.router import SoftmaxRouter
 from lockstep.ops.fused_moe.reference import fused_moe
 from lockstep.parallel.mesh import Axis
-from lockstep.parallel.placement import Partial, expect_whole
+from lockstep.parallel.placement import Partial
 
 EP = "ep"
 
@@ -24,32 +26,11 @@ _Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Gate [F, D], up [F, D] and down [D, F] of one expert."""
 
 
-class SoftmaxRouter:
-    """Picks the K likeliest of all experts for each token; every rank picks the same."""
-
-    def __init__(
-        self, build: Build, where: str, *, hidden_size: int, num_experts: int, top_k: int, renormalise: bool
-    ) -> None:
-        weight = build.weight(f"{where}.weight", (num_experts, hidden_size))
-        self._product = Product(build, where, (weight,), None)
-        self._top_k = top_k
-        self._renormalise = renormalise
-        self._choose = build.bind(
-            "moe_topk_softmax", where, experts=num_experts, top_k=top_k, renormalise=renormalise
-        ).function
-        self._point = build.point(where, ("token", "expert"))
-
-    def __call__(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights float32 [T, K] and expert ids int32 [T, K]."""
-        logits_TE = self._product(hidden_TD)
-        if self._point is not None:
-            self._point(logits_TE)
-        weights_TK, ids_TK = self._choose(logits_TE, self._top_k, self._renormalise)
-        return weights_TK, ids_TK
-
-
 class MoE:
-    """sum_k weight_k * expert_k(x). Takes a whole [T, D], gives Partial [T, D] over both axes at once.
+    """sum_k weight_k * expert_k(x) with x = norm(residual + update).
+
+    Takes the update and the residual stream [T, D]; gives the next update, Partial [T, D] over both axes at once, and
+    the stream with the last one.
 
     Whole experts are shared out over `expert_axis`, the inner width of each over `axis`. Each rank computes its
     part of the experts it holds, so that one sum over the product of the axes is all that is owed.
@@ -61,7 +42,7 @@ class MoE:
         build: Build,
         where: str,
         *,
-        hidden_size: int,
+        norm: NormSpec,
         inner_size: int,
         num_experts: int,
         top_k: int,
@@ -74,7 +55,7 @@ class MoE:
         self._router = SoftmaxRouter(
             build,
             f"{where}.gate",
-            hidden_size=hidden_size,
+            norm,
             num_experts=num_experts,
             top_k=top_k,
             renormalise=renormalise,
@@ -88,10 +69,10 @@ class MoE:
             f"{where}.experts",
             experts=len(self._experts),
             top_k=top_k,
-            width=hidden_size,
+            width=norm.width,
             inner=inner.length,
         ).kernel
-        weights = _load_experts(build, inner, hidden_size, num_experts, self._experts)
+        weights = _load_experts(build, inner, norm.width, num_experts, self._experts)
         # On the meta device there are no bytes to prepare and no routing to read, only shapes to check.
         is_meta = weights[0].is_meta
         self._weights: Sequence[Any] = weights
@@ -100,13 +81,14 @@ class MoE:
         self._function: Callable[..., Any] = fused_moe if is_meta else kernel.function
         self._point = build.point(where, ("token", "output"), f"partial:{expert_axis},{axis}")
 
-    def __call__(self, ctx: ForwardContext, hidden_TD: torch.Tensor) -> Partial:
-        hidden_TD = expect_whole(hidden_TD, self.where)
-        weights_TK, ids_TK = self._router(hidden_TD)
+    def __call__(
+        self, ctx: ForwardContext, update: Partial | torch.Tensor, residual_TD: torch.Tensor
+    ) -> tuple[Partial, torch.Tensor]:
+        hidden_TD, residual_TD, weights_TK, ids_TK = self._router(update, residual_TD)
         out_TD = self._function(hidden_TD, *self._weights, weights_TK, self._own_ids(ids_TK))
         if self._point is not None:
             self._point(out_TD)
-        return Partial(out_TD, self._axes, self.where)
+        return Partial(out_TD, self._axes, self.where), residual_TD
 
     def _own_ids(self, ids_TK: torch.Tensor) -> torch.Tensor:
         """Ids counted from this rank's first expert; -1 for experts of other ranks."""

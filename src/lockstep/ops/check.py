@@ -116,7 +116,7 @@ class _Trial:
         self.dtype = self._typed[0][1].dtype
         if self.dtype not in contract.tolerance:
             raise KernelError(f"operator {contract.name!r} states no tolerance for {self.dtype}")
-        exact = all(self._tolerance(value.dtype) == _EXACT for _, value in self._typed)
+        exact = all(self._tolerance(name, value) == _EXACT for name, value in self._typed)
         self._expected = self._typed if exact else self._in_float64()
 
     def judge(
@@ -142,7 +142,7 @@ class _Trial:
                 problems.append(f"{name} is {got}, not {wanted}")
                 worst = math.inf
                 continue
-            tolerance = self._tolerance(typed.dtype)
+            tolerance = self._tolerance(name, typed)
             # Where nothing may be off, rounding is part of the meaning, and float64 has none.
             share = error_share(value.cpu(), typed if tolerance == _EXACT else wide, tolerance)
             worst = max(worst, share)
@@ -151,8 +151,8 @@ class _Trial:
         self._earlier = [(name, poison(value)) for name, value in found[: len(self._contract.returns)]]
         return worst, problems
 
-    def _tolerance(self, dtype: torch.dtype) -> Tolerance:
-        return self._contract.tolerance.get(dtype, self._contract.tolerance[self.dtype])
+    def _tolerance(self, name: str, typed: torch.Tensor) -> Tolerance:
+        return self._contract.accepted(name, typed.dtype, self.dtype)
 
     def _in_float64(self) -> NamedTensors:
         arguments = [_widened(value) for value in self._memory.place("cpu").arguments]

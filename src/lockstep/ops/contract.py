@@ -86,6 +86,7 @@ class Contract:
 
     `reference` is plain PyTorch. `mutants` are known-wrong versions; the tolerances must reject each one.
     `tolerance` maps a result's dtype, and must hold the first result's, which serves for dtypes that are not there.
+    `tolerance_of` holds those of named results that have their own, each by the first result's dtype.
     Where nothing at all is accepted, the reference's own bits are expected, not float64's. An operator that returns
     nothing is judged by what it wrote. `workload` is what it is timed with; None for one that nobody times. `parts`
     are the operators that a layer composes it of where no kernel computes them together.
@@ -103,6 +104,13 @@ class Contract:
     mutants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     workload: Workload | None = None
     parts: tuple[str, ...] = ()
+    tolerance_of: Mapping[str, Mapping[torch.dtype, Tolerance]] = field(default_factory=dict)
+
+    def accepted(self, result: str, dtype: torch.dtype, first: torch.dtype) -> Tolerance:
+        """The tolerance of a named result in `dtype` of a call whose first result is in `first`."""
+        if result in self.tolerance_of:
+            return self.tolerance_of[result][first]
+        return self.tolerance.get(dtype, self.tolerance[first])
 
 
 def _accept(signature: Signature) -> str | None:

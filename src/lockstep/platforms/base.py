@@ -97,6 +97,10 @@ class Platform(ABC):
     def unavailable_reason(self) -> str | None:
         """None when a device of this family can be used here, else one line that says why not."""
 
+    def is_broken(self) -> bool:
+        """True when a device seems to be here and cannot be used: whoever is given another one is told why."""
+        return False
+
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """Facts about the first device."""

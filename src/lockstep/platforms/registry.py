@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from importlib.metadata import EntryPoint, entry_points
 
 from lockstep.core.errors import ConfigError, nearest
@@ -18,6 +19,8 @@ _BUILT_IN = {
 }
 _AUTOMATIC = ("cuda", "rocm", "musa", "cpu")
 ENTRY_POINT_GROUP = "lockstep.platforms"
+
+_LOG = logging.getLogger("lockstep.platforms")
 
 
 def platform_names() -> list[str]:
@@ -80,7 +83,8 @@ def platform_of_device_type(device_type: str) -> Platform:
 def pick_platform(name: str = "auto", option: str = "--device") -> Platform:
     """The named platform, or with "auto" the first of cuda, rocm, musa and cpu that works here.
 
-    Raises ConfigError when the named one cannot be used, with the reason; `option` is where it was named.
+    One that seems to be here and is broken is passed over with a warning. Raises ConfigError when the named one cannot
+    be used, with the reason; `option` is where it was named.
     """
     if name != "auto":
         platform = load_platform(name)
@@ -90,6 +94,9 @@ def pick_platform(name: str = "auto", option: str = "--device") -> Platform:
         return platform
     for candidate in _AUTOMATIC:
         platform = load_platform(candidate)
-        if platform.unavailable_reason() is None:
+        reason = platform.unavailable_reason()
+        if reason is None:
             return platform
+        if platform.is_broken():
+            _LOG.warning("%s is passed over: %s", candidate, reason)
     raise ConfigError("no usable device was found")

@@ -96,9 +96,17 @@ class Qwen3MoeLayer:
             out_bias=attention_bias,
             head_norms=True,
         )
-        self._block: _RoutedBlock | GatedMLP
+        self._block: MoE | GatedMLP
         if experts is not None:
-            self._block = _RoutedBlock(build, f"{where}.mlp", post_norm, experts)
+            self._block = MoE(
+                build,
+                f"{where}.mlp",
+                norm=post_norm,
+                inner_size=experts.inner_size,
+                num_experts=experts.num_experts,
+                top_k=experts.top_k,
+                renormalise=experts.renormalise,
+            )
         else:
             self._block = GatedMLP(build, f"{where}.mlp", norm=post_norm, inner_size=config.intermediate_size)
 
@@ -107,28 +115,6 @@ class Qwen3MoeLayer:
     ) -> tuple[Partial, torch.Tensor]:
         """The next update, still partial, and the residual stream [T, D] without it."""
         return self._block(ctx, *self._attention(ctx, update, residual_TD, cos_sin))
-
-
-class _RoutedBlock:
-    """Experts behind their norm, called as a dense block is."""
-
-    def __init__(self, build: Build, where: str, norm: NormSpec, experts: ExpertsConfig) -> None:
-        self._norm = AddRMSNorm.of(build, norm)
-        self._experts = MoE(
-            build,
-            where,
-            hidden_size=norm.width,
-            inner_size=experts.inner_size,
-            num_experts=experts.num_experts,
-            top_k=experts.top_k,
-            renormalise=experts.renormalise,
-        )
-
-    def __call__(
-        self, ctx: ForwardContext, update: Partial, residual_TD: torch.Tensor
-    ) -> tuple[Partial, torch.Tensor]:
-        hidden_TD, residual_TD = self._norm(update, residual_TD)
-        return self._experts(ctx, hidden_TD), residual_TD
 
 
 class Qwen3MoeModel(DecoderModel):

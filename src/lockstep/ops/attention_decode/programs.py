@@ -1,6 +1,6 @@
-"""The Triton programs of attention_decode: split keys, then merge the parts. Imports Triton.
+"""The Triton program of attention_decode: keys in parts, merged by the program that ends last. Imports Triton.
 
-M query heads of one KV head, L keys, J parts of a sequence's keys.
+M query heads of one KV head, G of these that are merged at a time, L keys, J parts of a sequence's keys.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.ops.arrivals import arrives_last, counters_of
 from lockstep.ops.attention_extend.programs import LOG2_E, pages_of, see_keys
-from lockstep.ops.attention_extend.tiles import WHOLE_WARPS, decode_tile, num_splits, power_of_two
+from lockstep.ops.attention_extend.tiles import (
+    MERGED_HEADS,
+    MERGED_PARTS,
+    WHOLE_WARPS,
+    decode_tile,
+    num_splits,
+    power_of_two,
+)
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 
 
@@ -21,6 +29,101 @@ from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 def _part_size(num_seen: tl.tensor, num_parts: tl.tensor, BLOCK_L: tl.constexpr) -> Any:
     """Keys of one part: whole turns of the loop, at least one."""
     return tl.maximum(1, tl.cdiv(tl.cdiv(num_seen, num_parts), BLOCK_L)) * BLOCK_L
+
+
+@triton.jit
+def _merge(
+    part_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_m: tl.tensor,
+    num_used: tl.tensor,
+    num_parts: tl.tensor,
+    out_head_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+) -> None:
+    """Up to BLOCK_M heads of a group from `first_m` on: the mean of each one's used parts, each with its weight.
+
+    The pointers are those of the group's first head. Parts are taken in their order, whoever wrote them when.
+    """
+    h = tl.arange(0, BLOCK_H)
+    for first_head in range(first_m, tl.minimum(first_m + BLOCK_M, GROUP), BLOCK_G):
+        m_G = first_head + tl.arange(0, BLOCK_G)
+        is_head_G = m_G < GROUP
+        # What lies beyond the heads is computed with weights that exist, and not stored.
+        place_G = tl.minimum(m_G, GROUP - 1) * num_parts
+        acc_GH = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+        top_G = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total_G = tl.zeros([BLOCK_G], tl.float32)
+        for first in range(0, num_used, BLOCK_J):
+            j = first + tl.arange(0, BLOCK_J)
+            place_JG = j[:, None] + place_G[None, :]
+            is_used_JG = (j < num_used)[:, None]
+            weight_JG = tl.load(
+                weight_ptr + place_JG, mask=is_used_JG, other=float("-inf"), cache_modifier=".cg"
+            )
+            mask_JGH = (is_used_JG & is_head_G[None, :])[:, :, None] & (h < HEAD_DIM)[None, None, :]
+            part_JGH = part_ptr + (place_JG * HEAD_DIM)[:, :, None] + h[None, None, :]
+            part_JGH = tl.load(part_JGH, mask=mask_JGH, other=0.0, cache_modifier=".cg")
+            new_top_G = tl.maximum(top_G, tl.max(weight_JG, axis=0))
+            share_JG = tl.exp2(weight_JG - new_top_G[None, :])
+            shrink_G = tl.exp2(top_G - new_top_G)
+            acc_GH = acc_GH * shrink_G[:, None] + tl.sum(part_JGH * share_JG[:, :, None], axis=0)
+            total_G = total_G * shrink_G + tl.sum(share_JG, axis=0)
+            top_G = new_top_G
+        out_GH = (acc_GH / total_G[:, None]).to(out_ptr.dtype.element_ty)
+        mask_GH = is_head_G[:, None] & (h < HEAD_DIM)[None, :]
+        tl.store(out_ptr + (m_G * out_head_stride)[:, None] + h[None, :], out_GH, mask=mask_GH)
+
+
+@triton.jit
+def _add_part(
+    result_MH: tl.tensor,
+    weight_M: tl.tensor,
+    part: tl.tensor,
+    part_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    counter_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_m: tl.tensor,
+    num_used: tl.tensor,
+    num_parts: tl.tensor,
+    out_head_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+) -> None:
+    """Leaves one part's results and log2 of their weights, and merges all parts where it is the last one to come."""
+    BLOCK_M: tl.constexpr = result_MH.shape[0]
+    BLOCK_H: tl.constexpr = result_MH.shape[1]
+    m = first_m + tl.arange(0, BLOCK_M)
+    h = tl.arange(0, BLOCK_H)
+    place_M = m * num_parts + part
+    part_MH = part_ptr + (place_M * HEAD_DIM)[:, None] + h[None, :]
+    tl.store(part_MH, result_MH, mask=(m < GROUP)[:, None] & (h < HEAD_DIM)[None, :])
+    tl.store(weight_ptr + place_M, weight_M, mask=m < GROUP)
+    if arrives_last(counter_ptr, num_used):
+        _merge(
+            part_ptr,
+            weight_ptr,
+            out_ptr,
+            first_m,
+            num_used,
+            num_parts,
+            out_head_stride,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_M,
+            BLOCK_G,
+            BLOCK_J,
+            BLOCK_H,
+        )
 
 
 # Numbers that change from step to step: no program of their own for 1 and for multiples of 16.
@@ -35,6 +138,7 @@ def _decode(
     out_ptr: tl.tensor,
     part_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor,
     soft_cap: tl.tensor,
@@ -51,6 +155,8 @@ def _decode(
     BLOCK_M: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -59,7 +165,7 @@ def _decode(
 ) -> None:
     """Up to BLOCK_M query heads of one KV head over one part of a sequence's keys.
 
-    IN_PARTS: leaves the part's result, normalised, and log2 of its weight, for `_merge`; else the final result.
+    IN_PARTS: of several parts, each leaves its result, normalised, and log2 of its weight; the last one merges them.
     """
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     wait_for_inputs(PDL)
@@ -72,12 +178,15 @@ def _decode(
         first_seen = tl.maximum(0, num_keys - window)
     keys_from = first_seen
     keys_end = num_keys
+    num_used = 1
     if IN_PARTS:
         part_size = _part_size(num_keys - first_seen, num_parts, BLOCK_L)
+        # Without keys there is one part as well, which writes zeros.
+        num_used = tl.maximum(1, tl.cdiv(num_keys - first_seen, part_size))
+        if part >= num_used:
+            return
         keys_from = first_seen + part * part_size
         keys_end = tl.minimum(keys_from + part_size, num_keys)
-        if keys_from >= keys_end:
-            return
 
     m = tl.program_id(1) % HEAD_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.arange(0, BLOCK_H)
@@ -128,60 +237,29 @@ def _decode(
             HAS_SOFT_CAP,
         )
     result_MH = acc_MH / tl.where(total_M > 0, total_M, 1.0)[:, None]
-    if IN_PARTS:
-        place_M = (row * NUM_HEADS + head_M) * num_parts + part
-        tl.store(part_ptr + (place_M * HEAD_DIM)[:, None] + h[None, :], result_MH, mask=mask_MH)
-        tl.store(weight_ptr + place_M, top_M + tl.log2(total_M), mask=m < GROUP)
+    out_ptr += row * out_strides[0] + kv_head * GROUP * out_strides[1]
+    if IN_PARTS and num_used > 1:
+        first_place = (row * NUM_HEADS + kv_head * GROUP) * num_parts
+        _add_part(
+            result_MH,
+            top_M + tl.log2(total_M),
+            part,
+            part_ptr + first_place * HEAD_DIM,
+            weight_ptr + first_place,
+            counters_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
+            out_ptr,
+            tl.program_id(1) % HEAD_BLOCKS * BLOCK_M,
+            num_used,
+            num_parts,
+            out_strides[1],
+            GROUP,
+            HEAD_DIM,
+            BLOCK_G,
+            BLOCK_J,
+        )
     else:
-        out_ptr += row * out_strides[0]
-        out_MH = out_ptr + (head_M * out_strides[1])[:, None] + h[None, :]
+        out_MH = out_ptr + (m * out_strides[1])[:, None] + h[None, :]
         tl.store(out_MH, result_MH.to(out_ptr.dtype.element_ty), mask=mask_MH)
-
-
-@triton.jit(do_not_specialize=["window", "num_parts"])
-def _merge(
-    part_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    num_keys_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    window: tl.tensor,
-    num_parts: tl.tensor,
-    out_strides: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """One head of one sequence: the mean of its parts, each with its weight; zeros without keys."""
-    wait_for_inputs(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    num_seen = tl.load(num_keys_ptr + row)
-    if HAS_WINDOW:
-        num_seen = tl.minimum(num_seen, window)
-    num_used = tl.cdiv(num_seen, _part_size(num_seen, num_parts, BLOCK_L))
-    first_place = (row * tl.num_programs(1) + head) * num_parts
-    h = tl.arange(0, BLOCK_H)
-    acc_H = tl.zeros([BLOCK_H], tl.float32)
-    top = float("-inf")
-    total = 0.0
-    for first in range(0, num_used, BLOCK_J):
-        j = first + tl.arange(0, BLOCK_J)
-        weight_J = tl.load(weight_ptr + first_place + j, mask=j < num_used, other=float("-inf"))
-        mask_JH = (j < num_used)[:, None] & (h < HEAD_DIM)[None, :]
-        part_JH = part_ptr + ((first_place + j) * HEAD_DIM)[:, None] + h[None, :]
-        part_JH = tl.load(part_JH, mask=mask_JH, other=0.0)
-        new_top = tl.maximum(top, tl.max(weight_J, axis=0))
-        share_J = tl.exp2(weight_J - new_top)
-        shrink = tl.exp2(top - new_top)
-        acc_H = acc_H * shrink + tl.sum(part_JH * share_J[:, None], axis=0)
-        total = total * shrink + tl.sum(share_J, axis=0)
-        top = new_top
-    out_H = acc_H / tl.where(total > 0, total, 1.0)
-    out_ptr += row * out_strides[0] + head * out_strides[1]
-    tl.store(out_ptr + h, out_H.to(out_ptr.dtype.element_ty), mask=h < HEAD_DIM)
 
 
 def decode(
@@ -207,11 +285,11 @@ def decode(
     num_parts = num_splits(batch * num_head_programs, page_table_BP.shape[1] * page_size, tile.keys)
     if num_parts == 1:
         tile = replace(tile, num_warps=max(tile.num_warps, WHOLE_WARPS))
-    part_BNJH = weight_BNJ = None
+    part_BNJH = weight_BNJ = counters = None
     if num_parts > 1:
+        counters = counters_of(q_BNH.device)
         part_BNJH = q_BNH.new_empty((batch, num_heads, num_parts, head_dim), dtype=torch.float32)
         weight_BNJ = q_BNH.new_empty((batch, num_heads, num_parts), dtype=torch.float32)
-    block_h = power_of_two(head_dim)
     _decode[(batch, num_head_programs, num_parts)](
         q_BNH,
         k_KPSH,
@@ -222,6 +300,7 @@ def decode(
         out_BNH,
         part_BNJH,
         weight_BNJ,
+        counters,
         scale,
         window,
         soft_cap,
@@ -237,7 +316,9 @@ def decode(
         PAGE_SIZE=page_size,
         BLOCK_M=tile.rows,
         BLOCK_L=tile.keys,
-        BLOCK_H=block_h,
+        BLOCK_H=power_of_two(head_dim),
+        BLOCK_G=min(MERGED_HEADS, 1 << (group - 1).bit_length()),
+        BLOCK_J=MERGED_PARTS,
         HAS_WINDOW=window > 0,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks_N is not None,
@@ -246,20 +327,3 @@ def decode(
         num_stages=tile.num_stages,
         **dependent_launch(),
     )
-    if num_parts > 1:
-        _merge[(batch, num_heads)](
-            part_BNJH,
-            weight_BNJ,
-            num_keys_B,
-            out_BNH,
-            window,
-            num_parts,
-            out_BNH.stride()[:2],
-            HEAD_DIM=head_dim,
-            BLOCK_L=tile.keys,
-            BLOCK_H=block_h,
-            BLOCK_J=16,
-            HAS_WINDOW=window > 0,
-            num_warps=4,
-            **dependent_launch(),
-        )

@@ -73,7 +73,11 @@ WHOLE_WARPS = 4
 """Warps of a decoding program that sees all keys of its sequence: 1 to 2 % faster than two on 250 long ones."""
 
 ENOUGH_PROGRAMS = 512
+"""Keys are split where there are fewer programs than this: no more of them ever count arrivals."""
 MOST_SPLITS = 128
+MERGED_HEADS, MERGED_PARTS = 4, 16
+"""Heads, and parts of each, that are merged at a time: with 128 elements a head, 128 registers of each thread of two
+warps. The number of parts in a turn decides about the order of additions, and so about bits."""
 
 
 def num_splits(num_programs: int, num_slots: int, keys: int) -> int:

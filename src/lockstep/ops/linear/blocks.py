@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lockstep.ops.arrivals import counters_of
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
-from lockstep.ops.linear.programs import counters_of, sum_of_parts
+from lockstep.ops.linear.programs import sum_of_parts
 from lockstep.ops.linear.tiles import Block
 
 _ALIGNED_BYTES = 16

@@ -5,16 +5,13 @@ Shapes: T rows, I inputs, O outputs.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
+from lockstep.ops.arrivals import arrives_last, counters_of
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 from lockstep.ops.linear.tiles import Tile
-
-_MOST_TILES = 65536
 
 
 @triton.jit
@@ -75,17 +72,14 @@ def sum_of_parts(
 ) -> tuple[tl.tensor, tl.tensor]:
     """All parts' sum, and whether this program came last and has it. `place` in a part of `size` elements.
 
-    Parts are added in their order, whoever comes last, so that each run gives the same bits. The counter ends at zero.
+    Parts are added in their order, whoever comes last, so that each run gives the same bits.
     """
     tl.store(partial_ptr + part.to(tl.int64) * size + place, total, mask=mask)
-    # Every thread's part is written before one of them says so.
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == SPLITS - 1
+    is_last = arrives_last(counter_ptr, SPLITS)
     total = tl.zeros_like(total)
     if is_last:
         for each in tl.static_range(SPLITS):
             total += tl.load(partial_ptr + each * size + place, mask=mask, other=0.0, cache_modifier=".cg")
-        tl.store(counter_ptr, 0)
     return total, is_last
 
 
@@ -181,9 +175,3 @@ def product(
         **dependent_launch(),
     )
     return out_TO
-
-
-@cache
-def counters_of(device: torch.device) -> torch.Tensor:
-    """How many parts of each tile were written: zeros between launches, which run one after the other."""
-    return torch.zeros(_MOST_TILES, dtype=torch.int32, device=device)

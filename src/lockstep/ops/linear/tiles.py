@@ -8,6 +8,7 @@ again and again, less often the larger the tiles are. The shapes of Qwen3's 0.6B
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import NamedTuple
 
 _PROGRAMS = 256
@@ -47,6 +48,28 @@ class Block(NamedTuple):
     num_stages: int
 
 
+class GatedBlock(NamedTuple):
+    """`outputs` gates and as many ups of `rows` rows, `inputs` at a time, a power of two each: for many rows.
+
+    `programs` for each processor of the device take blocks in turn; `group` blocks of rows share the weights at a time.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    group: int
+    programs: int
+    num_warps: int
+    num_stages: int
+
+
+class Library(Enum):
+    """The vendor's library, asked in another way than usual."""
+
+    WITH_ZEROS = "with zeros for a bias"
+    """torch then asks cuBLASLt, which for rows that are no multiple of 128 takes better kernels of long products."""
+
+
 class Problem(NamedTuple):
     """What decides a tile. `rows` is the most that share it."""
 
@@ -56,7 +79,7 @@ class Problem(NamedTuple):
 
 
 # One H100 80GB, bfloat16, weights from memory; of 13 tiles for one row, 18 for up to 16 and 11 for more.
-MEASURED: Mapping[Problem, Tile | Block | None] = {
+MEASURED: Mapping[Problem, Tile | Block | Library | None] = {
     Problem(1, 1024, 2048): Tile(1, 2, 2048, 1, 4, 2),
     Problem(16, 1024, 2048): Tile(16, 32, 128, 4, 4, 4),
     Problem(32, 1024, 2048): Block(16, 64, 128, 4, 1024, 4, 4),
@@ -85,6 +108,7 @@ MEASURED: Mapping[Problem, Tile | Block | None] = {
     Problem(16, 4096, 12288): Tile(16, 64, 128, 4, 4, 4),
     Problem(32, 4096, 12288): Block(32, 64, 256, 1, 1024, 4, 4),
     Problem(64, 4096, 12288): Block(64, 64, 256, 2, 1024, 4, 3),
+    Problem(240, 4096, 12288): Library.WITH_ZEROS,
     Problem(1, 5120, 2048): Tile(1, 4, 512, 1, 2, 2),
     Problem(16, 5120, 2048): Tile(16, 64, 128, 1, 4, 4),
     Problem(32, 5120, 2048): Tile(32, 64, 128, 1, 4, 4),
@@ -106,8 +130,8 @@ MEASURED: Mapping[Problem, Tile | Block | None] = {
 for more rows than are named."""
 
 
-def tile_of(rows: int, outputs: int, inputs: int) -> Tile | Block | None:
-    """The tile for a product, or None: the vendor's library is to compute it."""
+def tile_of(rows: int, outputs: int, inputs: int) -> Tile | Block | Library | None:
+    """The tile for a product, or how the vendor's library is to compute it; None for as usual."""
     for problem, tile in MEASURED.items():
         if 0 < rows <= problem.rows and (outputs, inputs) == problem[1:]:
             return tile

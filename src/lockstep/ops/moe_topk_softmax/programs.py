@@ -29,7 +29,7 @@ from lockstep.ops.moe_topk_softmax.lists import (
     together,
     value_of,
 )
-from lockstep.ops.moe_topk_softmax.tiles import chunk_of, id_mask, lanes_for, rows_of
+from lockstep.ops.moe_topk_softmax.tiles import chunk_of, id_mask, lanes_for, num_warps_for, rows_of
 
 
 @triton.jit
@@ -186,7 +186,8 @@ def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=logits_TE.device)
     if num_tokens:
         lanes = lanes_for(num_tokens, num_experts)
-        rows, chunk = rows_of(lanes), chunk_of(num_experts, lanes)
+        num_warps = num_warps_for(num_tokens, logits_TE.itemsize)
+        rows, chunk = num_warps * rows_of(lanes), chunk_of(num_experts, lanes)
         _route[(triton.cdiv(num_tokens, rows),)](
             logits_TE,
             weights_TK,
@@ -203,6 +204,6 @@ def route(logits_TE: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch
             CHUNK=chunk,
             ROWS=rows,
             LANES=lanes,
-            num_warps=1,
+            num_warps=num_warps,
         )
     return weights_TK, ids_TK

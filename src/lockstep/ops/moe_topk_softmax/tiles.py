@@ -24,8 +24,13 @@ def lanes_for(num_tokens: int, num_experts: int, lanes_from: tuple[tuple[int, in
 
 
 def rows_of(lanes: int) -> int:
-    """Rows of a program, which is one warp: nothing in it waits for another one."""
+    """Rows of a warp. Programs are one warp, in which nothing waits for another one, unless said otherwise."""
     return _WARP // lanes
+
+
+def num_warps_for(num_tokens: int, itemsize: int) -> int:
+    """Warps of a program of softmax routing. Two keep more on its way from memory, where rows are long and many."""
+    return 2 if num_tokens >= 1 << 16 and itemsize == 4 else 1
 
 
 def power_of_two_from(least: int) -> int:

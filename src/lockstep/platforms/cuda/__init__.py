@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import TYPE_CHECKING
 
 from lockstep.core.capabilities import Capabilities
@@ -29,9 +31,14 @@ class CudaPlatform(TorchAccelerator):
 
         if torch.version.cuda is None:
             return "this PyTorch was built without CUDA; install a CUDA build of torch"
-        if not torch.cuda.is_available():
-            return "no NVIDIA GPU with a working driver was found"
-        return None
+        said = _torchs_complaint()
+        return None if said is None else _reason(said, torch.version.cuda)
+
+    def is_broken(self) -> bool:
+        import torch
+
+        said = _torchs_complaint() if torch.version.cuda is not None else None
+        return said is not None and not said.startswith((_NO_DRIVER, _NO_GPU))
 
     def capabilities(self) -> Capabilities:
         import torch
@@ -69,3 +76,45 @@ class CudaPlatform(TorchAccelerator):
 
     def new_graph(self, beside: DeviceGraph | None = None) -> DeviceGraph:
         return CudaGraph(beside)
+
+
+# How torch's complaints begin. Source: PyTorch, c10/cuda/CUDAFunctions.cpp.
+_NO_DRIVER = "Found no NVIDIA driver"
+_NO_GPU = "No CUDA GPUs are available"
+_OLD_DRIVER = r"driver on your system is too old \(found version (\d+)\)"
+
+
+def _torchs_complaint() -> str | None:
+    """What torch says of why it can use no GPU; None when it can."""
+    import torch
+
+    with warnings.catch_warnings():
+        # It warns of what it raises below, over several lines.
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return None
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            return str(error)
+    return _NO_GPU
+
+
+def _reason(said: str, built_for: str) -> str:
+    """One line that says what is wrong and what to do. `built_for`: the version of CUDA that torch was built for."""
+    if said.startswith(_NO_DRIVER):
+        return "no NVIDIA driver was found: install the one of your GPU, or use another device"
+    if said.startswith(_NO_GPU):
+        return "the NVIDIA driver shows no GPU: see what `nvidia-smi -L` lists and CUDA_VISIBLE_DEVICES leaves of it"
+    old = re.search(_OLD_DRIVER, said)
+    if old is not None:
+        major, minor = divmod(int(old[1]) // 10, 100)
+        return (
+            f"the NVIDIA driver serves CUDA up to {major}.{minor}, and this PyTorch was built for {built_for}: "
+            f"install a newer driver, or a PyTorch that was built for CUDA {major}.{minor}"
+        )
+    error = re.search(r"Error \d+: .*", said)
+    first = error[0] if error is not None else said.strip().partition("\n")[0]
+    return (
+        f"CUDA does not start ({first}): see whether `nvidia-smi` works, then restart the machine or its driver"
+    )

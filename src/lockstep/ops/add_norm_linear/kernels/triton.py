@@ -7,7 +7,7 @@ import torch
 from lockstep.ops.add_norm_linear.tiles import Problem, tile_of
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.linear.kernels.triton import linear
-from lockstep.ops.linear.tiles import Block, Tile
+from lockstep.ops.linear.tiles import Block, GatedBlock, Tile
 from lockstep.ops.rows import refuses_wide_rows
 
 
@@ -32,6 +32,7 @@ def add_norm_linear(
     from lockstep.ops.add_norm_linear.programs import normed_product
     from lockstep.ops.add_rms_norm.programs import add_and_normalise
     from lockstep.ops.linear.blocks import block_product, can_be_copied
+    from lockstep.ops.linear.gated_blocks import can_be_gated, gated_product
     from lockstep.ops.rms_norm.programs import normalise
     from lockstep.ops.silu_and_mul.programs import SILU, activate_and_multiply
 
@@ -47,6 +48,8 @@ def add_norm_linear(
         normed_TD, total_TD = add_and_normalise(update_TD, residual_TD, norm_weight_D, eps)
     if isinstance(tile, Block) and can_be_copied(normed_TD) and can_be_copied(weight_OD):
         return block_product(normed_TD, weight_OD, bias_O, tile, gated=gated), total_TD
+    if isinstance(tile, GatedBlock) and can_be_gated(normed_TD, weight_OD):
+        return gated_product(normed_TD, weight_OD, bias_O, tile), total_TD
     out_TO = linear(normed_TD, weight_OD, bias_O)
     return activate_and_multiply(out_TO, SILU) if gated else out_TO, total_TD
 

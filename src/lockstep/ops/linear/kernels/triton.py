@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.linear.reference import linear as torch_linear
-from lockstep.ops.linear.tiles import Block, tile_of
+from lockstep.ops.linear.tiles import Block, Library, tile_of
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -24,11 +26,20 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | N
 
         if can_be_copied(x_TI) and can_be_copied(weight_OI):
             return block_product(x_TI, weight_OI, bias_O, tile)
+    elif isinstance(tile, Library):
+        if bias_O is None:
+            bias_O = _zeros(weight_OI.shape[0], x_TI.dtype, x_TI.device)
     elif tile is not None and x_TI.stride(1) == weight_OI.stride(1) == 1:
         from lockstep.ops.linear.programs import product
 
         return product(x_TI, weight_OI, bias_O, tile)
     return torch_linear(x_TI, weight_OI, bias_O)
+
+
+@cache
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Kept, since a graph may hold it."""
+    return torch.zeros(count, dtype=dtype, device=device)
 
 
 KERNELS = (

@@ -1,0 +1,1 @@
+"""The way into a mixture of experts: the normalised residual stream, and the experts of each of its rows."""
