@@ -54,6 +54,7 @@ KERNELS = (
     Kernel(
         op="add_norm_route",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=add_norm_route,
         platforms=frozenset({"cuda"}),
         features=frozenset({"triton"}),

@@ -30,6 +30,7 @@ KERNELS = (
     Kernel(
         op="attention_decode",
         provider="triton",
+        verified_on=("NVIDIA H100",),
         function=attention_decode,
         platforms=frozenset({"cuda", "rocm", "musa"}),
         features=frozenset({"triton"}),
