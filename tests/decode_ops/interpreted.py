@@ -30,7 +30,7 @@ from lockstep.ops.linear import blocks, gated_blocks
 from lockstep.ops.linear.tiles import Block, GatedBlock
 from lockstep.ops.registry import contracts, kernels
 
-MOST_PRODUCTS = 2**23
+MOST_PRODUCTS = 2**22
 """Products of numbers in a case that is still quick to interpret."""
 
 
