@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def main(op: str, seed: int) -> int:
     contract = contracts()[op]
     contract = replace(contract, cases=lambda: small_cases(contract))
     good = passes(contract, seed)
+    contract = replace(contract, cases=lambda: islice(small_cases(contract), 0, None, 2))
     if op == "attention_decode":
         tiles.ENOUGH_PROGRAMS = 1
         good &= passes(contract, seed, " in one part")

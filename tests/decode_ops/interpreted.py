@@ -62,6 +62,8 @@ def quick_cases(contract: Contract, kernel: Kernel) -> Iterator[Case]:
         given = case.make(torch.Generator().manual_seed(0))
         rows = next(len(value) for value in given if isinstance(value, torch.Tensor))
         num_products = rows * case.signature.get("inputs", 0) * case.signature.get("outputs", 0)
+        if not num_products and case.signature["dtype"] == torch.float16:
+            continue  # interpreted as float32 is
         if kernel.refuses(case.signature) is None and num_products <= MOST_PRODUCTS:
             yield case
 
