@@ -77,9 +77,9 @@ def main(op: str, seed: int) -> int:
     torch.set_num_threads(1)
     as_processors_do()
     contract = contracts()[op]
-    contract = replace(contract, cases=lambda: small_cases(contract))
-    good = passes(contract, seed)
-    contract = replace(contract, cases=lambda: islice(small_cases(contract), 0, None, 2))
+    # Each case in one of two ways: as it is launched, or as another number of programs would have it.
+    good = passes(replace(contract, cases=lambda: islice(small_cases(contract), 0, None, 2)), seed)
+    contract = replace(contract, cases=lambda: islice(small_cases(contract), 1, None, 2))
     if op == "attention_decode":
         tiles.ENOUGH_PROGRAMS = 1
         good &= passes(contract, seed, " in one part")

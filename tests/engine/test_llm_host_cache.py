@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counted_rows import counting
 from mixed_traffic import assert_same_answers, draw_visitors, run
 from tiny_llm import PAGE_SIZE, VOCAB_SIZE, assert_same, make_tiny, open_tiny, random_prompts
 
 from lockstep.core.errors import ConfigError
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import Executor, Pending, StepPlan
 from lockstep.engine.assembly import Engine
-from lockstep.engine.llm import LLM
 
 pytestmark = pytest.mark.suite("cpu", seconds=30)
 
@@ -23,24 +22,6 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs
 SMALL_POOL = {"max_total_tokens": 60 * PAGE_SIZE}
 ONE_MIB = 1 / 1024
 """Of host memory: 256 pages of 4 tokens of a tiny model with 2 layers in float32."""
-
-
-class Counting:
-    """An executor that adds up the rows that it is asked to compute."""
-
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
-        self.num_rows = 0
-
-    def submit(self, plan: StepPlan) -> Pending:
-        self.num_rows += plan.num_tokens
-        return self.executor.submit(plan)
-
-
-def counting(llm: LLM) -> Counting:
-    core = llm._engine.rank.core
-    core.executor = counter = Counting(core.executor)
-    return counter
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim"])

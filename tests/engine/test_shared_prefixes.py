@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from counted_rows import counting
 from tiny_llm import PAGE_SIZE, assert_same, make_tiny, open_tiny, random_prompts
 
 from lockstep.core.sampling import SamplingParams
-from lockstep.core.step import Executor, Pending, StepPlan
 from lockstep.engine.llm import LLM
 from lockstep.executor.fused import FusedDecoder
 
@@ -20,24 +20,6 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True,
 NUM_SHARED = 10 * PAGE_SIZE
 PREFIX, *TAILS = random_prompts((NUM_SHARED + 2, 1, 2, 5, 9, 30, 17), seed=23)
 PROMPTS = [[*PREFIX, *tail] for tail in TAILS]
-
-
-class Counting:
-    """An executor that adds up the rows that it is asked to compute."""
-
-    def __init__(self, executor: Executor) -> None:
-        self.executor = executor
-        self.num_rows = 0
-
-    def submit(self, plan: StepPlan) -> Pending:
-        self.num_rows += plan.num_tokens
-        return self.executor.submit(plan)
-
-
-def counting(llm: LLM) -> Counting:
-    core = llm._engine.rank.core
-    core.executor = counter = Counting(core.executor)
-    return counter
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

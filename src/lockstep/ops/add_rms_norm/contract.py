@@ -104,8 +104,10 @@ CONTRACT = Contract(
     signature=("dtype", "width", "weight_dtype"),
     reference=add_rms_norm,
     cases=_cases,
-    # Two roundings, of the sum and of the norm; in between as rms_norm.
-    tolerance=rounded(2, maths=16),
+    # Two roundings, of the sum and of the norm; in between as rms_norm. Those of the sum also show in the scale of the
+    # norm: up to a third one where rows are narrow, 0.02 of it in rows of 577. The sum itself is rounded once.
+    tolerance=rounded(3, maths=16),
+    tolerance_of={"total": rounded(1, maths=1)},
     mutants={
         "residual added twice": _residual_twice,
         "residual not updated": _residual_not_updated,

@@ -135,10 +135,11 @@ CONTRACT = Contract(
     signature=("dtype", "width", "weight", "bias"),
     reference=layer_norm,
     cases=_cases,
-    # As rms_norm, and what cancels: a mean of 4 standard deviations is off by up to 4 units of one, the sum's and the
-    # quotient's; values of up to 5.5 are multiplied by weights of up to 5.5 and meet a bias of up to 5.5, 36 in all,
-    # whose rounding is one unit of it. With the weight: 5.5 * 4 + 36.
-    tolerance=rounded(1, maths=16, absolute=58 * FLOAT32_UNIT),
+    # As rms_norm, and what cancels: a mean of 4 standard deviations is off by up to 20 units of one, 4 for each of the
+    # last four additions of its sum, whose results are nearly as large, and for the quotient (16.4 in 40,000 rows);
+    # values of up to 5.5 are multiplied by weights of up to 5.5 and meet a bias of up to 5.5, 36 in all, whose rounding
+    # is one unit of it. With the weight: 5.5 * 20 + 36.
+    tolerance=rounded(1, maths=16, absolute=146 * FLOAT32_UNIT),
     mutants={
         "ten times eps": _ten_times_eps,
         "mean not removed": _mean_not_removed,
