@@ -34,11 +34,13 @@ TIMED = (
     "silu_and_mul",
     "per_token_group_quant_fp8",
     "attention_decode",
+    "attention_decode_shared",
     "attention_extend",
     "fused_moe",
 )
 SIZES = {
     "attention_decode": (1, 4, 16, 64),
+    "attention_decode_shared": (4, 16, 64),
     "attention_extend": (128, 512, 2048),
     "fused_moe": (1, 16, 256, 1024),
 }

@@ -114,7 +114,7 @@ def failures(layer: Layer, num_keys: tuple[int, ...], dtype: torch.dtype, seed: 
     if not torch.allclose(first.double(), expected, rtol=2 * rounding, atol=2 * rounding):
         wrong.append(f"off by {(first.double() - expected).abs().max():.2g}")
     wrong += [f"other bits {order}" for order, (out, _) in found.items() if not torch.equal(out, first)]
-    part_BNJH, weight_BNJ = launch.given[7:9]
+    part_BNJH, weight_BNJ = launch.given[8:10]
     keys = tiles.decode_tile(layer.heads // layer.kv_heads, layer.head_dim, dtype.itemsize).keys
     for row, length in enumerate(num_keys):
         used = num_used_parts(layer, length, part_BNJH.shape[2], keys)

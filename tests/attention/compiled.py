@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lockstep.ops.attention_decode import programs as decode
+from lockstep.ops.attention_decode_shared import programs as shared
+from lockstep.ops.attention_decode_shared.contract import Group, share_pages
 from lockstep.ops.attention_extend import programs as extend
 from lockstep.ops.attention_extend import tiles
 from lockstep.ops.attention_extend.cases import Layer, paged_inputs
@@ -73,6 +75,7 @@ def main(name: str) -> None:
     driver.set_active(TargetDriver(target))
     extend._extend = Compiling(extend._extend, shared_bytes, of_extend)
     decode._decode = Compiling(decode._decode, shared_bytes, of_decode)
+    shared._decode_shared = Compiling(shared._decode_shared, shared_bytes, None)
     for layer in LAYERS:
         made = paged_inputs(torch.Generator().manual_seed(0), layer, torch.bfloat16, 2, (33, 4000))
         pools, how = (made.k_KPSH, made.v_KPSH), (layer.scale, layer.window, layer.soft_cap)
@@ -80,6 +83,9 @@ def main(name: str) -> None:
         cu_rows = torch.tensor([0, 1, 2], dtype=torch.int32)
         print(name, layer)
         decode.decode(made.q_TNH, *pools, made.page_table_BP, *at, *how)
+        sharing = share_pages(made.page_table_BP, [Group(32 // layer.page_size, (0, 1))], layer.page_size)
+        where = (made.page_table_BP, made.num_keys_B, *sharing)
+        shared.decode_shared(made.q_TNH, *pools, *where, *at[1:], layer.scale, layer.soft_cap)
         for enough_tiles in (tiles.ENOUGH_TILES, 0):  # tiles for few rows, then for many
             with patch.object(tiles, "ENOUGH_TILES", enough_tiles):
                 extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)

@@ -16,6 +16,7 @@ from lockstep.ops.attention_extend.tiles import (
     MOST_SPLITS,
     decode_tile,
     extend_tile,
+    least_turns,
     num_splits,
     power_of_two,
 )
@@ -77,13 +78,13 @@ def test_splits_fill_the_device_and_forget_the_width_of_the_table() -> None:
     """A wider table only adds parts that no sequence uses: sizes of parts, and so the bits, stay the same."""
     assert num_splits(ENOUGH_PROGRAMS, 10**6, 64) == 1 and num_splits(1, 10**6, 64) == MOST_SPLITS
 
-    def part_size(num_keys: int, parts: int) -> int:
-        return max(1, math.ceil(math.ceil(num_keys / parts) / 64)) * 64
+    def part_size(num_keys: int, parts: int, least: int) -> int:
+        return max(least, math.ceil(math.ceil(num_keys / parts) / 64)) * 64
 
     for programs in (1, 7, 100, 600):
         for num_keys in (1, 64, 65, 1000, 8193):
             sizes = {
-                part_size(num_keys, num_splits(programs, num_slots, 64))
+                part_size(num_keys, num_splits(programs, num_slots, 64), least_turns(programs))
                 for num_slots in (num_keys, num_keys + 5, 2 * num_keys, 40_000)
             }
             assert len(sizes) == 1, (programs, num_keys)

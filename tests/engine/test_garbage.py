@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from lockstep.core.garbage import OBJECTS_BETWEEN_COLLECTIONS, start_without_collecting
+from lockstep.engine.llm import LLM
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -47,3 +48,15 @@ def test_a_start_that_fails_turns_it_on_again() -> None:
     with pytest.raises(ValueError), start_without_collecting():
         raise ValueError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_what_an_llm_found_is_left_alone_until_it_is_closed_or_gone(closed: bool) -> None:
+    gc.unfreeze()
+    llm = LLM(max_total_tokens=256, context_length=128)
+    assert gc.get_freeze_count() > 50_000, "the model and all that was imported for it"
+    if closed:
+        llm.close()
+    else:
+        del llm
+    assert gc.get_freeze_count() == 0

@@ -19,6 +19,7 @@ from lockstep.ops.registry import kernels
 from lockstep.ops.selection import Binding, KernelSelector, unmet_need
 
 OPERATORS = ("attention_decode", "attention_extend")
+_SHARED = "attention_decode_shared"
 
 # Providers whose kernels share more of a step than page tables: both operators together, or each on its own.
 _PLANNED: Mapping[str, type[AttentionBackend]] = {"torch": TorchBackend}
@@ -27,10 +28,6 @@ _PARTS: Mapping[tuple[str, str], Callable[[Kernel], AttentionPart]] = {
     ("attention_extend", "flashinfer"): FlashInferExtend,
     ("attention_decode", "cudnn"): CudnnPart,
     ("attention_extend", "cudnn"): CudnnPart,
-}
-_TABLES: Mapping[str, Callable[[Kernel], AttentionPart]] = {
-    "attention_decode": DecodeTables,
-    "attention_extend": ExtendTables,
 }
 
 
@@ -46,7 +43,8 @@ def choose_backend(
     compile_ahead: bool = False,
     selector: type[KernelSelector] = KernelSelector,
 ) -> tuple[AttentionBackend, tuple[Binding, ...]]:
-    """The backend of the named provider, or with "auto" of the best ones; and what was bound, why.
+    """The backend of the named provider, or with "auto" of the best ones; and what was bound, why. Where decoding
+    follows page tables, a kernel of attention_decode_shared is bound beside it, if there is one for this platform.
 
     `preference`, `forced` and `strict` are KernelSelector's; `extend_preference` orders the providers of
     attention_extend where its best are others. With `compile_ahead`, a kernel that would serve if it were compiled is
@@ -58,7 +56,8 @@ def choose_backend(
     if named:
         check_backend(name)
     bindings = []
-    for op, order in _orders(name, preference, extend_preference):
+    orders = _orders(name, preference, extend_preference)
+    for op, order in orders:
         if compile_ahead:
             _compile_first(op, order, capabilities, signature, forced or {})
         strictly = strict and not named
@@ -67,8 +66,18 @@ def choose_backend(
         bindings.append(_as_asked(name, binding) if named else binding)
     decode, extend = (binding.kernel for binding in bindings)
     planned = _PLANNED.get(decode.provider) if decode.provider == extend.provider else None
-    backend = planned() if planned else PagedBackend(_part(decode), _part(extend))
-    return backend, tuple(bindings)
+    if planned is not None:
+        return planned(), tuple(bindings)
+    own_part = _PARTS.get((decode.op, decode.provider))
+    if own_part is None:
+        choosing = selector(capabilities, orders[0][1], only=named, forced=forced)
+        together = choosing.bind_fused(_SHARED, "every layer", signature)
+        bindings += choosing.bindings
+        decode_part: AttentionPart = DecodeTables(decode, together.kernel if together else None)
+    else:
+        decode_part = own_part(decode)
+    extend_part = _PARTS.get((extend.op, extend.provider), ExtendTables)(extend)
+    return PagedBackend(decode_part, extend_part), tuple(bindings)
 
 
 def attention_inside(whole: Binding) -> tuple[Binding, ...]:
@@ -103,10 +112,6 @@ def _compile_first(
             kernel.compile_ahead(signature)
         if kernel.refuses(signature) is None:
             return
-
-
-def _part(kernel: Kernel) -> AttentionPart:
-    return _PARTS.get((kernel.op, kernel.provider), _TABLES[kernel.op])(kernel)
 
 
 def check_backend(name: str) -> None:

@@ -102,7 +102,9 @@ class FlashInferDecode(_ListedPart):
     def _new_calls(self, workspace: torch.Tensor) -> DecodeCalls:
         return DecodeCalls(workspace)
 
-    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> FixedStep:
+    def fixed_plan(
+        self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int, shares: bool = False
+    ) -> FixedStep:
         device = num_keys_T.device
         batch = FixedBatch(len(num_keys_T), num_pages, page_size, device)
         nobody = batch.lists(owned_pages(Spans.of((), page_size)))

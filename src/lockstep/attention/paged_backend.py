@@ -14,25 +14,65 @@ import torch
 
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
 from lockstep.attention.part import AttentionPart
-from lockstep.attention.spans import Spans
+from lockstep.attention.sharing import Sharing, most_tiles
+from lockstep.attention.spans import Spans, Stage
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
+from lockstep.ops.attention_decode_shared.tiles import ROWS
 
 _ALIGNED = 16
 """Tables and their rows begin at multiples of this many entries, so that one compiled kernel serves every step."""
 
 
+class SharedTables:
+    """Who shares which leading keys of up to so many single tokens, on the device: a Sharing in memory of its own.
+
+    Until it is written nobody shares anything.
+    """
+
+    def __init__(self, num_sequences: int, num_tiles: int, device: torch.device) -> None:
+        self._first_tile = _aligned(num_sequences)
+        self._written = self._host(None, num_tiles)
+        self._memory = torch.from_numpy(self._written).to(device)
+        self.shared_keys_B = self._memory[:num_sequences]
+        self.tiles_TR = self._memory[self._first_tile :].view(num_tiles, ROWS)
+
+    @classmethod
+    def of(cls, sharing: Sharing, stage: Stage, device: torch.device) -> SharedTables:
+        """The tables of one step."""
+        tables = cls(len(sharing.shared_keys_B), len(sharing.tiles_TR), device)
+        tables.write(sharing, stage)
+        return tables
+
+    def write(self, sharing: Sharing | None, stage: Stage) -> None:
+        """Makes this what is shared, in stream order. What is there already is not written again."""
+        memory = self._host(sharing, self.tiles_TR.shape[0])
+        if not np.array_equal(memory, self._written):
+            self._written = memory
+            self._memory.copy_(stage(memory), non_blocking=True)
+
+    def _host(self, sharing: Sharing | None, num_tiles: int) -> np.ndarray:
+        memory = np.zeros(self._first_tile + num_tiles * ROWS, dtype=np.int32)
+        memory[self._first_tile :] = -1
+        if sharing is not None:
+            memory[: len(sharing.shared_keys_B)] = sharing.shared_keys_B
+            memory[self._first_tile :][: sharing.tiles_TR.size] = sharing.tiles_TR.ravel()
+        return memory
+
+
 @dataclass(frozen=True, slots=True)
 class PageTables:
-    """Who owns which pages: the arguments of attention_extend, of which decoding takes the first two."""
+    """Who owns which pages: the arguments of attention_extend, of which decoding takes the first two, and `shared`
+    where some are read once for several sequences."""
 
     page_table_BP: torch.Tensor
     num_keys_B: torch.Tensor
     cu_rows_B1: torch.Tensor
+    shared: SharedTables | None = None
 
     @classmethod
-    def of(cls, spans: Spans, device: torch.device) -> PageTables:
-        """The tables of one step, in one copy to the device."""
+    def of(cls, spans: Spans, device: torch.device, sharing: Sharing | None = None) -> PageTables:
+        """The tables of one step, in one copy to the device, and one more for what is shared."""
         count, width = len(spans), _aligned(max(1, spans.most_pages))
         first_row, first_page = _aligned(count), _aligned(count) + _aligned(count + 1)
         tables = np.zeros(first_page + count * width, dtype=np.int32)
@@ -45,20 +85,26 @@ class PageTables:
             there[first_page:].view(count, width),
             there[:count],
             there[first_row : first_row + count + 1],
+            None if sharing is None else SharedTables.of(sharing, spans.stage, device),
         )
 
 
 class FixedTables:
     """The page tables of up to so many single tokens, of up to `num_pages` pages each, in fixed device memory.
 
-    `num_keys_B` is another's to write. Until it says otherwise there are no keys: every row is padding.
+    `num_keys_B` is another's to write. Until it says otherwise there are no keys: every row is padding. With `shares`
+    there are tables of shared keys, too.
     """
 
-    def __init__(self, num_keys_B: torch.Tensor, num_pages: int, page_size: int) -> None:
+    def __init__(
+        self, num_keys_B: torch.Tensor, num_pages: int, page_size: int, *, shares: bool = False
+    ) -> None:
+        count, device = len(num_keys_B), num_keys_B.device
         self.num_keys_B = num_keys_B
+        self.shared = SharedTables(count, most_tiles(count), device) if shares else None
         self.page_size = page_size
-        shape = (len(num_keys_B), _aligned(max(1, num_pages)))
-        self.page_table_BP = torch.zeros(shape, dtype=torch.int32, device=num_keys_B.device)
+        shape = (count, _aligned(max(1, num_pages)))
+        self.page_table_BP = torch.zeros(shape, dtype=torch.int32, device=device)
         self._written_BP = np.zeros(shape, dtype=np.int32)
 
     def write(self, spans: Spans) -> None:
@@ -123,13 +169,19 @@ class PagedBackend(AttentionBackend):
             self._extend.plan(longer, page_size=page_size, device=device) if longer else None,
         )
 
-    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> PagedPlan:
+    def shares_keys(self, spans: Sequence[Span], page_size: int) -> bool:
+        """True when these single tokens are better computed over a plan that `shares`."""
+        return self._decode.shares_keys(Spans.of(spans, page_size))
+
+    def fixed_plan(
+        self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int, shares: bool = False
+    ) -> PagedPlan:
         """A plan for as many single tokens, of sequences of up to `num_pages` pages; all padding at first.
 
         `num_keys_T` (int32, on the device) is part of it and others fill it, in stream order: the keys that each token
-        of the step sees, 0 for padding.
+        of the step sees, 0 for padding. With `shares`, keys that several sequences have in common are read once.
         """
-        fixed = self._decode.fixed_plan(num_keys_T, num_pages=num_pages, page_size=page_size)
+        fixed = self._decode.fixed_plan(num_keys_T, num_pages=num_pages, page_size=page_size, shares=shares)
         return PagedPlan(page_size, len(num_keys_T), fixed, None)
 
     def refill(self, plan: PagedPlan, spans: Sequence[Span]) -> None:

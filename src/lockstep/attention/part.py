@@ -39,11 +39,18 @@ class AttentionPart(ABC):
     ) -> None:
         """Writes out [T, N, H] of one layer: the rows of the spans in order, then zeros."""
 
-    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> Any:
+    def shares_keys(self, spans: Spans) -> bool:
+        """True when these single tokens have so many keys in common that a plan that `shares` is the better one."""
+        return False
+
+    def fixed_plan(
+        self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int, shares: bool = False
+    ) -> Any:
         """A plan in fixed memory for as many single tokens, of sequences of up to `num_pages` pages: all padding.
 
         `num_keys_T` (int32, on the device) is part of that memory, which others fill in stream order: the keys that
-        each token of the step sees, 0 for padding. Raises KernelError where no graph can hold this part.
+        each token of the step sees, 0 for padding. With `shares`, keys that several sequences have in common are read
+        once. Raises KernelError where no graph can hold this part.
         """
         raise KernelError(f"no plan can be fixed: {self.why_no_graphs}")
 

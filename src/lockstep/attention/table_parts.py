@@ -9,6 +9,7 @@ import torch
 from lockstep.attention.backend import AttentionSpec, Span
 from lockstep.attention.paged_backend import FixedTables, PageTables
 from lockstep.attention.part import AttentionPart
+from lockstep.attention.sharing import Sharing, SharingFinder
 from lockstep.attention.spans import Spans
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.ops.contract import Kernel
@@ -23,21 +24,42 @@ class _TablePart(AttentionPart):
 
     @property
     def why_no_graphs(self) -> str | None:
-        asks = self._kernel.asks_host
-        return f"{self._kernel.op}.{self.provider} reads values on the host" if asks else None
+        asking = (each for each in self._kernels() if each.asks_host)
+        return next((f"{each.op}.{each.provider} reads values on the host" for each in asking), None)
+
+    def _kernels(self) -> Sequence[Kernel]:
+        return (self._kernel,)
 
     def plan(self, spans: Sequence[Span], *, page_size: int, device: torch.device) -> PageTables:
         return PageTables.of(Spans.of(spans, page_size), device)
 
 
 class DecodeTables(_TablePart):
-    """A kernel of attention_decode, over page tables."""
+    """A kernel of attention_decode, over page tables. `shared`: one of attention_decode_shared, for steps whose
+    sequences have many leading keys in common."""
 
-    def fixed_plan(self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int) -> FixedTables:
-        return FixedTables(num_keys_T, num_pages, page_size)
+    def __init__(self, kernel: Kernel, shared: Kernel | None = None) -> None:
+        super().__init__(kernel)
+        self._shared = shared
+        self._finder = SharingFinder()
+
+    def plan(self, spans: Sequence[Span], *, page_size: int, device: torch.device) -> PageTables:
+        batch = Spans.of(spans, page_size)
+        return PageTables.of(batch, device, self._sharing(batch))
+
+    def shares_keys(self, spans: Spans) -> bool:
+        return self._sharing(spans) is not None
+
+    def fixed_plan(
+        self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int, shares: bool = False
+    ) -> FixedTables:
+        return FixedTables(num_keys_T, num_pages, page_size, shares=shares)
 
     def refill(self, plan: FixedTables, spans: Sequence[Span]) -> None:
-        plan.write(Spans.of(spans, plan.page_size))
+        batch = Spans.of(spans, plan.page_size)
+        plan.write(batch)
+        if plan.shared is not None:
+            plan.shared.write(self._sharing(batch), batch.stage)
 
     def run(
         self,
@@ -47,9 +69,18 @@ class DecodeTables(_TablePart):
         spec: AttentionSpec,
         out_TNH: torch.Tensor,
     ) -> None:
-        where = (plan.page_table_BP, plan.num_keys_B)
-        how = (spec.scale, spec.window, spec.soft_cap)
-        self._kernel.function(q_TNH, kv.k_NPSH, kv.v_NPSH, *where, spec.sinks_N, out_TNH, *how)
+        given = (q_TNH, kv.k_NPSH, kv.v_NPSH, plan.page_table_BP, plan.num_keys_B)
+        if self._shared is None or plan.shared is None:
+            self._kernel.function(*given, spec.sinks_N, out_TNH, spec.scale, spec.window, spec.soft_cap)
+        else:
+            shared = (plan.shared.shared_keys_B, plan.shared.tiles_TR)
+            self._shared.function(*given, *shared, spec.sinks_N, out_TNH, spec.scale, spec.soft_cap)
+
+    def _kernels(self) -> Sequence[Kernel]:
+        return (self._kernel,) if self._shared is None else (self._kernel, self._shared)
+
+    def _sharing(self, spans: Spans) -> Sharing | None:
+        return None if self._shared is None else self._finder.of(spans)
 
 
 class ExtendTables(_TablePart):

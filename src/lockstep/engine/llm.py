@@ -15,6 +15,7 @@ from typing import Any, TypeVar, get_args
 from lockstep.config import Decision, EngineConfig, gather
 from lockstep.config.components import ENGINE_OPTIONS
 from lockstep.core.errors import EngineDead, InvalidRequest, LockstepError, nearest
+from lockstep.core.garbage import leave_alone_while
 from lockstep.core.output import EngineStats, ModelCard, RequestOutput
 from lockstep.core.probe import Probe
 from lockstep.core.request import FinishReason, Pooling, Request
@@ -118,6 +119,7 @@ class LLM:
         self._lock = threading.Lock()
         self._closed = False
         self._broken: str | None = None
+        self._collect_again = leave_alone_while(self)
 
     @property
     def config(self) -> EngineConfig:
@@ -226,6 +228,7 @@ class LLM:
         """Ends the workers and releases the model. May be called twice."""
         self._closed = True
         self._engine.close()
+        self._collect_again()
 
     def __enter__(self) -> LLM:
         return self

@@ -31,7 +31,14 @@ from lockstep.platforms.base import DeviceGraph
 NewGraph = Callable[[DeviceGraph | None], DeviceGraph]
 """Makes a graph in the memory of another."""
 
-_NOT_ASKED = ("attention_decode", "attention_extend", "argmax", "top_k_top_p_sample", "decoder_forward")
+_NOT_ASKED = (
+    "attention_decode",
+    "attention_decode_shared",
+    "attention_extend",
+    "argmax",
+    "top_k_top_p_sample",
+    "decoder_forward",
+)
 """Operators without which a step of single tokens can be recorded, and those that the backend answers for."""
 
 SMALLEST = 8
@@ -91,13 +98,19 @@ class Recipe:
 
 
 class RecordedStep:
-    """A step of `num_rows` single tokens in memory of its own: filled, then computed, as often as wanted."""
+    """A step of `num_rows` single tokens in memory of its own: filled, then computed, as often as wanted.
 
-    def __init__(self, num_rows: int, recipe: Recipe) -> None:
+    With `shares`, attention reads keys that several of them have in common only once.
+    """
+
+    def __init__(self, num_rows: int, recipe: Recipe, *, shares: bool = False) -> None:
         self.rows = padding_rows(num_rows, recipe.device)
         self._recipe = recipe
         self._plan = recipe.attention.fixed_plan(
-            self.rows.num_keys_T, num_pages=recipe.num_pages, page_size=recipe.pool.page_size
+            self.rows.num_keys_T,
+            num_pages=recipe.num_pages,
+            page_size=recipe.pool.page_size,
+            shares=shares,
         )
         self._context = ForwardContext(
             self.rows.positions_T, self.rows.slots_T, recipe.attention, self._plan, recipe.pool
@@ -147,12 +160,16 @@ class RecordedStep:
 
 
 class DecodeGraphs:
-    """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted."""
+    """Graphs for steps of up to `most_rows` single tokens, each recorded when its size is first wanted.
+
+    Sizes are recorded once more when keys are first shared in a step of theirs.
+    """
 
     def __init__(self, recipe: Recipe, *, most_rows: int) -> None:
         self._recipe = recipe
         self.sizes = ladder(most_rows)
         self._recorded: dict[int, RecordedStep] = {}
+        self._sharing: dict[int, RecordedStep] = {}
 
     def num_rows_for(self, plan: StepPlan) -> int | None:
         """Rows of the smallest graph that can hold the plan, or None when none can."""
@@ -167,7 +184,9 @@ class DecodeGraphs:
 
     def compute(self, inputs: StepInputs) -> Computed:
         """A step that was padded to one of the sizes."""
-        step = self.step(inputs.facts_5T.shape[1])
+        num_rows = inputs.facts_5T.shape[1]
+        shares = self._recipe.attention.shares_keys(inputs.spans, self._recipe.pool.page_size)
+        step = self.step(num_rows, shares=shares)
         step.fill(inputs)
         return step.replay()
 
@@ -182,17 +201,15 @@ class DecodeGraphs:
         """Sizes that are not recorded yet."""
         return [size for size in self.sizes if size not in self._recorded]
 
-    def step(self, num_rows: int) -> RecordedStep:
+    def step(self, num_rows: int, *, shares: bool = False) -> RecordedStep:
         """The recorded step of one of the sizes."""
-        if num_rows > SMALLEST:
-            # The largest before others of many rows: these find room where its scores were.
-            self._record(self.sizes[-1])
-        return self._record(num_rows)
-
-    def _record(self, num_rows: int) -> RecordedStep:
-        if num_rows not in self._recorded:
-            self._recorded[num_rows] = RecordedStep(num_rows, self._recipe)
-        return self._recorded[num_rows]
+        recorded = self._sharing if shares else self._recorded
+        if num_rows not in recorded:
+            if num_rows > SMALLEST and num_rows != self.sizes[-1]:
+                # The largest before others of many rows: these find room where its scores were.
+                self.step(self.sizes[-1])
+            recorded[num_rows] = RecordedStep(num_rows, self._recipe, shares=shares)
+        return recorded[num_rows]
 
 
 class GraphMemory:

@@ -1,8 +1,9 @@
 """Kernels that start while the one before them ends: programmatic dependent launch. Importing it imports Triton.
 
 A kernel that is launched so may run before its predecessor's results are there. Each keeps two rules. Until it has
-waited it reads only what is fixed when a model is built (weights) and writes nothing. And every one waits: then the end
-of a kernel is the end of all before it, whether or not the next one is launched so.
+waited it reads only what its predecessor cannot have written, and writes nothing: weights, which are fixed when a model
+is built, and tables of a step, which are there before its first layer. And every one waits: then the end of a kernel is
+the end of all before it, whether or not the next one is launched so.
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 

@@ -5,7 +5,7 @@ M query heads of one KV head, G of these that are merged at a time, L keys, J pa
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lockstep.ops.attention_extend.tiles import (
     MERGED_PARTS,
     WHOLE_WARPS,
     decode_tile,
+    least_turns,
     num_splits,
     power_of_two,
 )
@@ -26,9 +27,11 @@ from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 
 
 @triton.jit
-def _part_size(num_seen: tl.tensor, num_parts: tl.tensor, BLOCK_L: tl.constexpr) -> Any:
-    """Keys of one part: whole turns of the loop, at least one."""
-    return tl.maximum(1, tl.cdiv(tl.cdiv(num_seen, num_parts), BLOCK_L)) * BLOCK_L
+def part_size(
+    num_seen: tl.tensor, num_parts: tl.tensor, BLOCK_L: tl.constexpr, LEAST_TURNS: tl.constexpr
+) -> Any:
+    """Keys of one part: whole turns of the loop, at least so many."""
+    return tl.maximum(LEAST_TURNS, tl.cdiv(tl.cdiv(num_seen, num_parts), BLOCK_L)) * BLOCK_L
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def _merge(
     out_ptr: tl.tensor,
     first_m: tl.tensor,
     num_used: tl.tensor,
-    num_parts: tl.tensor,
+    num_slots: tl.tensor,
     out_head_stride: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -49,14 +52,15 @@ def _merge(
 ) -> None:
     """Up to BLOCK_M heads of a group from `first_m` on: the mean of each one's used parts, each with its weight.
 
-    The pointers are those of the group's first head. Parts are taken in their order, whoever wrote them when.
+    The pointers are those of the group's first head, which has `num_slots` places for parts, as each one has. Parts
+    are taken in their order, whoever wrote them when.
     """
     h = tl.arange(0, BLOCK_H)
     for first_head in range(first_m, tl.minimum(first_m + BLOCK_M, GROUP), BLOCK_G):
         m_G = first_head + tl.arange(0, BLOCK_G)
         is_head_G = m_G < GROUP
         # What lies beyond the heads is computed with weights that exist, and not stored.
-        place_G = tl.minimum(m_G, GROUP - 1) * num_parts
+        place_G = tl.minimum(m_G, GROUP - 1) * num_slots
         acc_GH = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
         top_G = tl.full([BLOCK_G], float("-inf"), tl.float32)
         total_G = tl.zeros([BLOCK_G], tl.float32)
@@ -91,31 +95,42 @@ def _add_part(
     counter_ptr: tl.tensor,
     out_ptr: tl.tensor,
     first_m: tl.tensor,
-    num_used: tl.tensor,
-    num_parts: tl.tensor,
+    num_coming: tl.tensor,
+    num_there: tl.tensor,
+    num_slots: tl.tensor,
     out_head_stride: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    ONE_COMES: tl.constexpr,
 ) -> None:
-    """Leaves one part's results and log2 of their weights, and merges all parts where it is the last one to come."""
+    """Leaves one part's results and log2 of their weights, and merges all parts where it is the last one to come.
+
+    `num_there` parts were there before; this one is number `part` of the `num_coming` after them.
+    """
     BLOCK_M: tl.constexpr = result_MH.shape[0]
     BLOCK_H: tl.constexpr = result_MH.shape[1]
     m = first_m + tl.arange(0, BLOCK_M)
     h = tl.arange(0, BLOCK_H)
-    place_M = m * num_parts + part
+    place_M = m * num_slots + num_there + part
     part_MH = part_ptr + (place_M * HEAD_DIM)[:, None] + h[None, :]
     tl.store(part_MH, result_MH, mask=(m < GROUP)[:, None] & (h < HEAD_DIM)[None, :])
     tl.store(weight_ptr + place_M, weight_M, mask=m < GROUP)
-    if arrives_last(counter_ptr, num_used):
+    if ONE_COMES:
+        # Its own threads wrote it.
+        tl.debug_barrier()
+        is_last = True
+    else:
+        is_last = arrives_last(counter_ptr, num_coming)
+    if is_last:
         _merge(
             part_ptr,
             weight_ptr,
             out_ptr,
             first_m,
-            num_used,
-            num_parts,
+            num_there + num_coming,
+            num_slots,
             out_head_stride,
             GROUP,
             HEAD_DIM,
@@ -127,13 +142,14 @@ def _add_part(
 
 
 # Numbers that change from step to step: no program of their own for 1 and for multiples of 16.
-@triton.jit(do_not_specialize=["window", "num_parts", "table_stride"])
+@triton.jit(do_not_specialize=["window", "num_parts", "num_shared_parts", "num_slots", "table_stride"])
 def _decode(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     table_ptr: tl.tensor,
     num_keys_ptr: tl.tensor,
+    shared_keys_ptr: tl.tensor,
     sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     part_ptr: tl.tensor,
@@ -143,6 +159,8 @@ def _decode(
     window: tl.tensor,
     soft_cap: tl.tensor,
     num_parts: tl.tensor,
+    num_shared_parts: tl.tensor,
+    num_slots: tl.tensor,
     q_strides: tl.tensor,
     out_strides: tl.tensor,
     table_stride: tl.tensor,
@@ -161,32 +179,44 @@ def _decode(
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    ONE_COMES: tl.constexpr,
+    LEAST_TURNS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Up to BLOCK_M query heads of one KV head over one part of a sequence's keys.
 
     IN_PARTS: of several parts, each leaves its result, normalised, and log2 of its weight; the last one merges them.
+    Where `shared_keys_ptr` is given, that is how many keys others have seen, in up to `num_shared_parts` parts.
+    ONE_COMES after them: then nobody counts.
     """
     HEAD_BLOCKS: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
-    wait_for_inputs(PDL)
+    # Tables are a step's, and known before its first layer.
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1) // HEAD_BLOCKS
     part = tl.program_id(2)
     num_keys = tl.load(num_keys_ptr + row)
     first_seen = 0
+    num_there = 0
     if HAS_WINDOW:
         first_seen = tl.maximum(0, num_keys - window)
+    if shared_keys_ptr is not None:
+        first_seen = tl.load(shared_keys_ptr + row)
+        num_there = tl.cdiv(first_seen, part_size(first_seen, num_shared_parts, BLOCK_L, 1))
     keys_from = first_seen
     keys_end = num_keys
     num_used = 1
     if IN_PARTS:
-        part_size = _part_size(num_keys - first_seen, num_parts, BLOCK_L)
+        size = part_size(num_keys - first_seen, num_parts, BLOCK_L, LEAST_TURNS)
         # Without keys there is one part as well, which writes zeros.
-        num_used = tl.maximum(1, tl.cdiv(num_keys - first_seen, part_size))
+        num_used = tl.maximum(1, tl.cdiv(num_keys - first_seen, size))
         if part >= num_used:
+            wait_for_inputs(PDL)
             return
-        keys_from = first_seen + part * part_size
-        keys_end = tl.minimum(keys_from + part_size, num_keys)
+        keys_from = first_seen + part * size
+        keys_end = tl.minimum(keys_from + size, num_keys)
+    table_ptr += row * table_stride
+    next_page_L = pages_of(keys_from, keys_end, table_ptr, PAGE_SIZE, BLOCK_L, True)
+    wait_for_inputs(PDL)
 
     m = tl.program_id(1) % HEAD_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.arange(0, BLOCK_H)
@@ -205,8 +235,6 @@ def _decode(
     position_M = tl.zeros([BLOCK_M], tl.int32) + (keys_end - 1)
     k_ptr += kv_head.to(tl.int64) * k_strides[0]
     v_ptr += kv_head.to(tl.int64) * v_strides[0]
-    table_ptr += row * table_stride
-    next_page_L = pages_of(keys_from, keys_end, table_ptr, PAGE_SIZE, BLOCK_L, True)
     for first_key in range(keys_from, keys_end, BLOCK_L):
         # Pages are known a turn ahead, so that keys need not wait for them.
         page_L = next_page_L
@@ -238,8 +266,8 @@ def _decode(
         )
     result_MH = acc_MH / tl.where(total_M > 0, total_M, 1.0)[:, None]
     out_ptr += row * out_strides[0] + kv_head * GROUP * out_strides[1]
-    if IN_PARTS and num_used > 1:
-        first_place = (row * NUM_HEADS + kv_head * GROUP) * num_parts
+    if IN_PARTS and num_there + num_used > 1:
+        first_place = (row * NUM_HEADS + kv_head * GROUP) * num_slots
         _add_part(
             result_MH,
             top_M + tl.log2(total_M),
@@ -250,16 +278,55 @@ def _decode(
             out_ptr,
             tl.program_id(1) % HEAD_BLOCKS * BLOCK_M,
             num_used,
-            num_parts,
+            num_there,
+            num_slots,
             out_strides[1],
             GROUP,
             HEAD_DIM,
             BLOCK_G,
             BLOCK_J,
+            ONE_COMES,
         )
     else:
         out_MH = out_ptr + (m * out_strides[1])[:, None] + h[None, :]
         tl.store(out_MH, result_MH.to(out_ptr.dtype.element_ty), mask=mask_MH)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Room for the results of parts, [B, N, J, H] in float32, and for log2 of their weights, [B, N, J]."""
+
+    part_BNJH: torch.Tensor
+    weight_BNJ: torch.Tensor
+
+    @classmethod
+    def empty(cls, q_BNH: torch.Tensor, num_slots: int) -> Parts:
+        batch, num_heads, head_dim = q_BNH.shape
+        part_BNJH = q_BNH.new_empty((batch, num_heads, num_slots, head_dim), dtype=torch.float32)
+        return cls(part_BNJH, q_BNH.new_empty((batch, num_heads, num_slots), dtype=torch.float32))
+
+    @property
+    def num_slots(self) -> int:
+        return self.weight_BNJ.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """Leading keys of each sequence that were seen already: in up to `num_parts` parts, which are the first ones."""
+
+    num_keys_B: torch.Tensor
+    num_parts: int
+    parts: Parts
+
+
+def num_own_parts(q_BNH: torch.Tensor, k_KPSH: torch.Tensor, page_table_BP: torch.Tensor) -> int:
+    """Parts that `decode` cuts the keys of each sequence into, but for those that others have seen."""
+    batch, num_heads, head_dim = q_BNH.shape
+    num_kv_heads, _, page_size, _ = k_KPSH.shape
+    group = num_heads // num_kv_heads
+    tile = decode_tile(group, head_dim, q_BNH.itemsize)
+    num_programs = batch * num_kv_heads * -(-group // tile.rows)
+    return num_splits(num_programs, page_table_BP.shape[1] * page_size, tile.keys)
 
 
 def decode(
@@ -273,38 +340,41 @@ def decode(
     scale: float,
     window: int,
     soft_cap: float,
+    shared: SharedKeys | None = None,
 ) -> None:
-    """Launches attention_decode; see the contract. Lengths are read on the device alone."""
+    """Launches attention_decode; see the contract. Lengths are read on the device alone.
+
+    Of keys that are `shared` there are parts already; then there is no window.
+    """
     batch, num_heads, head_dim = q_BNH.shape
     num_kv_heads, _, page_size, _ = k_KPSH.shape
     if batch == 0:
         return
     group = num_heads // num_kv_heads
     tile = decode_tile(group, head_dim, q_BNH.itemsize)
-    num_head_programs = num_kv_heads * -(-group // tile.rows)
-    num_parts = num_splits(batch * num_head_programs, page_table_BP.shape[1] * page_size, tile.keys)
+    num_programs = batch * num_kv_heads * -(-group // tile.rows)
+    num_parts = num_splits(num_programs, page_table_BP.shape[1] * page_size, tile.keys)
     if num_parts == 1:
         tile = replace(tile, num_warps=max(tile.num_warps, WHOLE_WARPS))
-    part_BNJH = weight_BNJ = counters = None
-    if num_parts > 1:
-        counters = counters_of(q_BNH.device)
-        part_BNJH = q_BNH.new_empty((batch, num_heads, num_parts, head_dim), dtype=torch.float32)
-        weight_BNJ = q_BNH.new_empty((batch, num_heads, num_parts), dtype=torch.float32)
-    _decode[(batch, num_head_programs, num_parts)](
+    parts = shared.parts if shared else Parts.empty(q_BNH, num_parts) if num_parts > 1 else None
+    _decode[(batch, num_programs // batch, num_parts)](
         q_BNH,
         k_KPSH,
         v_KPSH,
         page_table_BP,
         num_keys_B,
+        shared.num_keys_B if shared else None,
         sinks_N,
         out_BNH,
-        part_BNJH,
-        weight_BNJ,
-        counters,
+        parts.part_BNJH if parts else None,
+        parts.weight_BNJ if parts else None,
+        counters_of(q_BNH.device) if parts else None,
         scale,
         window,
         soft_cap,
         num_parts,
+        shared.num_parts if shared else 0,
+        parts.num_slots if parts else 0,
         q_BNH.stride()[:2],
         out_BNH.stride()[:2],
         page_table_BP.stride(0),
@@ -322,7 +392,9 @@ def decode(
         HAS_WINDOW=window > 0,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks_N is not None,
-        IN_PARTS=num_parts > 1,
+        IN_PARTS=parts is not None,
+        ONE_COMES=num_parts == 1,
+        LEAST_TURNS=least_turns(num_programs),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch(),

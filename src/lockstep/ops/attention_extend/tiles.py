@@ -89,3 +89,11 @@ def num_splits(num_programs: int, num_slots: int, keys: int) -> int:
     """
     wanted = -(-ENOUGH_PROGRAMS // max(1, num_programs))
     return max(1, min(wanted, MOST_SPLITS, -(-num_slots // keys)))
+
+
+def least_turns(num_programs: int) -> int:
+    """Turns of the loop that a part has at least: where programs are many already, a few hundred keys stay whole.
+
+    Measured on one H100 80GB: 32 sequences of 320 keys, 5 % of a whole step of Qwen3-0.6B; with fewer it costs as much.
+    """
+    return 4 if num_programs >= ENOUGH_PROGRAMS // 4 else 1

@@ -1,0 +1,1 @@
+"""attention_decode where sequences have leading pages in common, which are read once for all of them."""
