@@ -13,9 +13,9 @@ from lockstep.ops.suite import check, device_with_values, select
 from lockstep.platforms.registry import load_platform
 
 GROUPS = {
-    "attention": ("attention_decode", "attention_extend", "kv_store"),
+    "attention": ("attention_decode", "attention_decode_shared", "attention_extend", "kv_store"),
     "elementwise": ("gelu_and_mul", "rope", "silu_and_mul"),
-    "experts": ("fused_moe", "grouped_gemm", "moe_align", "moe_topk_sigmoid", "moe_topk_softmax"),
+    "experts": ("fused_moe", "grouped_gemm", "moe_align"),
     "norms": ("add_rms_norm", "layer_norm", "rms_norm", "var_rms_norm"),
     "quantised": (
         "per_token_group_quant_fp8",
@@ -23,6 +23,7 @@ GROUPS = {
         "per_token_quant_fp8",
         "scaled_mm_fp8",
     ),
+    "routing": ("moe_topk_sigmoid", "moe_topk_softmax"),
 }
 
 

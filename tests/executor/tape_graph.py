@@ -88,6 +88,18 @@ def decode(
     out_BNH.copy_((weights_KBGL.nan_to_num(0.0) @ v_KBLH).transpose(0, 1).flatten(1, 2))
 
 
+def decode_shared(*given: Any) -> None:
+    """attention_decode_shared: the shared pages of a tile's sequences are looked up in the table of one of them."""
+    q_BNH, k_KPSH, v_KPSH, table_BP, num_keys_B, shared_keys_B, tiles_TR, sinks_N, out_BNH, scale, soft_cap = (
+        given
+    )
+    is_in_BT = (tiles_TR[None] == torch.arange(len(table_BP))[:, None, None]).any(2)
+    lead_B = torch.where(is_in_BT, tiles_TR.amax(1)[None], 0).amax(1).long()
+    is_shared_BP = torch.arange(table_BP.shape[1]) * k_KPSH.shape[2] < shared_keys_B[:, None]
+    table_BP = torch.where(is_shared_BP, table_BP.index_select(0, lead_B), table_BP)
+    decode(q_BNH, k_KPSH, v_KPSH, table_BP, num_keys_B, sinks_N, out_BNH, scale, 0, soft_cap)
+
+
 class TapeSelector(KernelSelector):
     """Binds as ever, with a store that a tape can hold; `calls` names the bound kernels in the order of their calls."""
 
@@ -107,7 +119,8 @@ class TapeSelector(KernelSelector):
         return replace(binding, kernel=replace(kernel, function=called, asks_host=False))
 
 
-def tape_attention() -> PagedBackend:
+def tape_attention(*, shares: bool = False) -> PagedBackend:
     extend = next(kernel for kernel in kernels("attention_extend") if kernel.provider == "reference")
     tape = Kernel(op="attention_decode", provider="tape", function=decode)
-    return PagedBackend(DecodeTables(tape), ExtendTables(extend))
+    shared = Kernel(op="attention_decode_shared", provider="tape", function=decode_shared) if shares else None
+    return PagedBackend(DecodeTables(tape, shared), ExtendTables(extend))

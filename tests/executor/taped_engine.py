@@ -30,7 +30,10 @@ PARAMS = SamplingParams(temperature=0.0, logprobs=2, seed=0, ignore_eos=True)
 
 
 class Engine:
-    """`graphs` hold single tokens as a whole, `pieces` everything; the runner uses the ones that are wanted."""
+    """`graphs` hold single tokens as a whole, `pieces` everything; the runner uses the ones that are wanted.
+
+    With `shares`, there is a kernel for keys that sequences share.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Engine:
         *,
         with_graphs: bool = False,
         with_pieces: bool = False,
+        shares: bool = False,
         sampling: SamplingKernels = STOCK,
     ) -> None:
         platform = load_platform("cpu")
@@ -62,7 +66,7 @@ class Engine:
             allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype),
         )
         self.made: list[TapeGraph] = []
-        attention = tape_attention()
+        attention = tape_attention(shares=shares)
         last_tokens = LastTokens(MOST_ROWS + 1, HOST)
         memory = GraphMemory(self._new_graph)
         self.recipe = Recipe(

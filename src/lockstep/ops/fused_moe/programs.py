@@ -104,76 +104,47 @@ def _weighted_down(
     PDL: tl.constexpr,
 ) -> None:
     """TILE_OUTPUTS columns of one token: its experts' outputs, weighted and added in the order of the choices."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     output = tl.program_id(1) * TILE_OUTPUTS + tl.arange(0, TILE_OUTPUTS)
     input = tl.arange(0, TILE_INPUTS)
     row = tl.minimum(output, width - 1).to(tl.int64)
     first_ptrs = weight_ptr + row[:, None] * row_stride + input[None, :] * column_stride
-    ids_ptr += token * token_stride
-    # The kernel before has read the choices, so they are known: the first one's weights are on their way at once.
-    expert = tl.load(ids_ptr).to(tl.int64)
-    early = _weight(first_ptrs + expert * expert_stride, 0, column_stride, expert, INPUTS, TILE_INPUTS)
-    wait_for_inputs(PDL)
-
     total = tl.zeros((TILE_OUTPUTS, TILE_INPUTS), tl.float32)
     # Choices are unrolled in any case, so that the reads of one do not wait for the sums of another.
     for choice in tl.static_range(TOP_K):
-        expert = tl.load(ids_ptr + choice * choice_stride).to(tl.int64)
+        expert = tl.load(ids_ptr + token * token_stride + choice * choice_stride).to(tl.int64)
         weight = tl.load(weights_ptr + token * TOP_K + choice)
         x_ptrs = inner_ptr + (token * TOP_K + choice) * INPUTS + input
         w_ptrs = first_ptrs + expert * expert_stride
-        if choice == 0:
-            total += _weighted(early, x_ptrs, 0, expert, weight, INPUTS, TILE_INPUTS)
         if STAGES == 0:
-            for first in tl.static_range(TILE_INPUTS if choice == 0 else 0, INPUTS, TILE_INPUTS):
-                w = _weight(w_ptrs, first, column_stride, expert, INPUTS, TILE_INPUTS)
-                total += _weighted(w, x_ptrs, first, expert, weight, INPUTS, TILE_INPUTS)
+            for first in tl.static_range(0, INPUTS, TILE_INPUTS):
+                total += _weighted(x_ptrs, w_ptrs, first, column_stride, expert, weight, INPUTS, TILE_INPUTS)
         else:
-            for first in tl.range(TILE_INPUTS if choice == 0 else 0, INPUTS, TILE_INPUTS, num_stages=STAGES):
-                w = _weight(w_ptrs, first, column_stride, expert, INPUTS, TILE_INPUTS)
-                total += _weighted(w, x_ptrs, first, expert, weight, INPUTS, TILE_INPUTS)
+            for first in tl.range(0, INPUTS, TILE_INPUTS, num_stages=STAGES):
+                total += _weighted(x_ptrs, w_ptrs, first, column_stride, expert, weight, INPUTS, TILE_INPUTS)
     out = tl.sum(total, 1)
     tl.store(out_ptr + token * width + output, out.to(out_ptr.dtype.element_ty), mask=output < width)
 
 
 @triton.jit
-def _weight(
+def _weighted(
+    x_ptrs: tl.tensor,
     w_ptrs: tl.tensor,
     first: tl.tensor,
     column_stride: tl.tensor,
-    expert: tl.tensor,
-    INPUTS: tl.constexpr,
-    TILE_INPUTS: tl.constexpr,
-) -> tl.tensor:
-    """The weights of one step. Nothing is read of an expert of another rank."""
-    mask = _is_there(first, expert, INPUTS, TILE_INPUTS)
-    return tl.load(w_ptrs + first * column_stride, mask=mask[None, :], other=0.0)
-
-
-@triton.jit
-def _weighted(
-    w: tl.tensor,
-    x_ptrs: tl.tensor,
-    first: tl.tensor,
     expert: tl.tensor,
     weight: tl.tensor,
     INPUTS: tl.constexpr,
     TILE_INPUTS: tl.constexpr,
 ) -> tl.tensor:
-    """The products of one step."""
-    x = tl.load(x_ptrs + first, mask=_is_there(first, expert, INPUTS, TILE_INPUTS), other=0.0)
-    return w.to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
-
-
-@triton.jit
-def _is_there(
-    first: tl.tensor, expert: tl.tensor, INPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr
-) -> tl.tensor:
-    """The inputs of one step of an expert of this rank."""
+    """The products of one step. Nothing is read of an expert of another rank."""
     mask = tl.full((TILE_INPUTS,), True, tl.int1) & (expert >= 0)
     if INPUTS % TILE_INPUTS != 0:
         mask = mask & (tl.arange(0, TILE_INPUTS) < INPUTS - first)
-    return mask
+    x = tl.load(x_ptrs + first, mask=mask, other=0.0)
+    w = tl.load(w_ptrs + first * column_stride, mask=mask[None, :], other=0.0)
+    return w.to(tl.float32) * (x.to(tl.float32) * weight)[None, :]
 
 
 @triton.jit
