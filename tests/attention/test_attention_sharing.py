@@ -146,8 +146,21 @@ def test_the_finder_looks_again_only_when_something_changed(monkeypatch: pytest.
     assert finder.of(single((14, [1, 2, 3, 5]))) is None and calls == [2, 1]
     # Two that follow each other until they are long enough.
     assert finder.of(single((6, [1, 2]), (6, [1, 3]))) is None
-    assert finder.of(single((7, [1, 2]), (7, [1, 3]))) is None and calls == [2, 1, 2]
+    assert finder.of(single((7, [1, 2]), (6, [1, 3]))) is None and calls == [2, 1, 2]
     assert groups_of(finder.of(single((9, [1, 2, 3]), (9, [1, 2, 4])))) == {(0, 1): 8}
+
+
+def test_what_lies_behind_a_sequences_pages_is_nobodys() -> None:
+    """A slot of the page tables keeps the pages of whoever had it before."""
+    finder, pages = SharingFinder(), np.array([[1, 2, 3], [1, 2, 4]], dtype=np.int32)
+
+    def of(*num_keys: int) -> Sharing | None:
+        lengths = np.array(num_keys)
+        return finder.of(Spans(lengths - 1, np.ones_like(lengths), pages, PAGE_SIZE))
+
+    assert groups_of(of(10, 11)) == {(0, 1): 8}
+    assert of(11, 5) is None, "one page is shared, which is too little"
+    assert groups_of(of(12, 9)) == {(0, 1): 8}
 
 
 def spied(used: list[Any]) -> Kernel:

@@ -61,16 +61,22 @@ class SharingFinder:
     def __init__(self) -> None:
         self._pages_BP = np.zeros((0, 1), dtype=np.int32)
         self._found: Sharing | None = None
-        self._most_full = 0
+        self._num_keys = 0
 
     def of(self, spans: Spans) -> Sharing | None:
         """What find_sharing found for sequences with these pages; the same object while it is the same."""
         width = self._pages_BP.shape[1]
-        most_full = int((spans.num_keys_B.max(initial=1) - 1) // spans.page_size)
-        # Short sequences may come to share enough once they have grown.
-        has_grown = self._found is None and most_full > self._most_full
-        if has_grown or not np.array_equal(spans.page_ids_BP[:, :width], self._pages_BP):
-            self._found, self._most_full = find_sharing(spans), most_full
+        num_keys = int(spans.num_keys_B.sum())
+        if self._found is None:
+            # Short sequences may come to share enough once they have grown by an eighth.
+            is_stale = 8 * num_keys > 9 * self._num_keys
+        else:
+            # What lies behind a sequence's pages may be another's, which had them before.
+            is_stale = (
+                len(spans) == len(self._pages_BP) and (spans.num_keys_B <= self._found.shared_keys_B).any()
+            )
+        if is_stale or not np.array_equal(spans.page_ids_BP[:, :width], self._pages_BP):
+            self._found, self._num_keys = find_sharing(spans), num_keys
             shared = 0 if self._found is None else int(self._found.shared_keys_B.max()) // spans.page_size
             self._pages_BP = spans.page_ids_BP[:, : max(1, shared)].copy()
         return self._found
