@@ -17,7 +17,7 @@ from lockstep.formats import embedded_model_path
 @cache
 def embedded_weights() -> dict[str, torch.Tensor]:
     """float32 weights under transformers' names."""
-    reader = gguf.GGUFReader(embedded_model_path())
+    reader = _reader()
     num_heads, num_kv_heads = _field(reader, "attention.head_count"), _field(reader, "attention.head_count_kv")
     stored_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, _field(reader, "block_count"))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -39,7 +39,7 @@ def embedded_weights() -> dict[str, torch.Tensor]:
 
 def embedded_model() -> LlamaForCausalLM:
     """The model in float32."""
-    model = _model(gguf.GGUFReader(embedded_model_path()), "cpu")
+    model = _model(_reader(), "cpu")
     missing, unexpected = model.load_state_dict(embedded_weights(), strict=False)
     assert (missing, unexpected) in (([], []), (["lm_head.weight"], [])), "only the tied head may be missing"
     model.tie_weights()
@@ -53,18 +53,25 @@ def next_token_logits(model: LlamaForCausalLM, tokens: Sequence[int], first: int
 
 
 @torch.no_grad()
-def greedy_answer(model: Any, prompt: Sequence[int], max_tokens: int, end: int) -> list[int]:
-    """What transformers' own generation says, without the end token."""
-    prompts = torch.tensor([list(prompt)])
+def greedy_answers(model: Any, prompts: Sequence[Sequence[int]], max_tokens: int, end: int) -> list[list[int]]:
+    """What transformers' own generation says to each prompt, all at once, without the end token."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
     found = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
+        torch.tensor([[end] * left + list(prompt) for left, prompt in zip(padding, prompts, strict=True)]),
+        attention_mask=torch.tensor([[0] * left + [1] * (longest - left) for left in padding]),
         max_new_tokens=max_tokens,
         do_sample=False,
         eos_token_id=end,
         pad_token_id=end,
     )
-    return [token_id for token_id in found[0, len(prompt) :].tolist() if token_id != end]
+    return [[token_id for token_id in answer if token_id != end] for answer in found[:, longest:].tolist()]
+
+
+@cache
+def _reader() -> gguf.GGUFReader:
+    """Which takes seconds to read the vocabulary."""
+    return gguf.GGUFReader(embedded_model_path())
 
 
 def _model(reader: gguf.GGUFReader, device: str) -> LlamaForCausalLM:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from embedded_reference import greedy_answer, next_token_logits
+from embedded_reference import greedy_answers, next_token_logits
 from transformers import LlamaForCausalLM
 
 from lockstep.core.sampling import SamplingParams
@@ -76,8 +76,8 @@ def facts_answered(llm: LLM) -> list[Completion]:
 def facts_by_reference(model: LlamaForCausalLM, tokenizer: Tokenizer) -> list[str]:
     """Those of transformers' own generation."""
     (end,) = tokenizer.eos_token_ids
-    prompts = _questions(tokenizer)
-    return [tokenizer.decode(greedy_answer(model, prompt, FACT_TOKENS, end)) for prompt in prompts]
+    answers = greedy_answers(model, _questions(tokenizer), FACT_TOKENS, end)
+    return [tokenizer.decode(answer) for answer in answers]
 
 
 def is_right(fact: dict[str, Any], answer: str) -> bool:

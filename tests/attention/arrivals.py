@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 from unittest.mock import patch
 
-import interpreted  # first: it has Triton interpret
+import interpreted  # first: it has Triton interpreted
 import numpy as np
 import torch
 import triton.runtime.interpreter as interpreter

@@ -83,9 +83,10 @@ def main(name: str) -> None:
         cu_rows = torch.tensor([0, 1, 2], dtype=torch.int32)
         print(name, layer)
         decode.decode(made.q_TNH, *pools, made.page_table_BP, *at, *how)
-        sharing = share_pages(made.page_table_BP, [Group(32 // layer.page_size, (0, 1))], layer.page_size)
-        where = (made.page_table_BP, made.num_keys_B, *sharing)
-        shared.decode_shared(made.q_TNH, *pools, *where, *at[1:], layer.scale, layer.soft_cap)
+        if not layer.window:
+            sharing = share_pages(made.page_table_BP, [Group(32 // layer.page_size, (0, 1))], layer.page_size)
+            where = (made.page_table_BP, made.num_keys_B, *sharing)
+            shared.decode_shared(made.q_TNH, *pools, *where, *at[1:], layer.scale, layer.soft_cap)
         for enough_tiles in (tiles.ENOUGH_TILES, 0):  # tiles for few rows, then for many
             with patch.object(tiles, "ENOUGH_TILES", enough_tiles):
                 extend.extend(made.q_TNH, *pools, made.page_table_BP, cu_rows, *at, *how)

@@ -6,20 +6,16 @@ parts or tiles. Exits 1 on a failure.
 
 from __future__ import annotations
 
-import os
 import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from pathlib import Path
 
-import numpy as np
+sys.path.append(str(Path(__file__).parents[1] / "ops_basic"))
+
 import torch
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
+from triton_interpreter import as_processors_do
 
 from lockstep.ops.attention_extend import tiles
 from lockstep.ops.check import check_kernel
@@ -30,29 +26,6 @@ MOST_PROGRAMS = 40
 """Programs times turns of the loop that are still quick to interpret."""
 
 
-def as_processors_do() -> None:
-    """The interpreter cuts floats off where it makes them bfloat16, and multiplies bfloat16 as if bits were numbers."""
-    own_convert, own_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-
-    def convert(values: np.ndarray, given: Any, wanted: Any, rounding: Any) -> np.ndarray:
-        if given != tl.float32 or wanted != tl.bfloat16:
-            return np.asarray(own_convert(values, given, wanted, rounding))
-        floats = torch.from_numpy(np.ascontiguousarray(values).view(np.float32))
-        return np.asarray(floats.to(torch.bfloat16).view(torch.uint16).numpy())
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint16).astype(np.int32) << 16)
-        return interpreter.TensorHandle(bits.view(torch.float32).numpy(), tl.float32)
-
-    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return own_dot(builder, widened(a), widened(b), *rest)
-
-    interpreter._convert_float = convert
-    interpreter.InterpreterBuilder.create_dot = dot
-
-
 def small_cases(contract: Contract) -> Iterator[Case]:
     for case in contracts()[contract.name].cases():
         arguments = case.make(torch.Generator().manual_seed(0))
@@ -60,9 +33,8 @@ def small_cases(contract: Contract) -> Iterator[Case]:
             continue  # interpreted as float32 is
         q, pool, num_keys = arguments[0], arguments[1], arguments[4 if "decode" in contract.name else 5]
         turns = 1 + int(num_keys.sum()) // 32
-        if q.shape[0] * pool.shape[0] * turns <= MOST_PROGRAMS * (
-            1 if contract.name == "attention_decode" else 8
-        ):
+        rounds = 1 if contract.name == "attention_decode" else 8
+        if q.shape[0] * pool.shape[0] * turns <= MOST_PROGRAMS * rounds:
             yield case
 
 

@@ -24,9 +24,10 @@ from lockstep.ops.attention_extend.tiles import (
 pytestmark = pytest.mark.suite("cpu")
 
 HERE = Path(__file__).parent
+IN_TRITON = (*OPERATORS, "attention_decode_shared")
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", IN_TRITON)
 def test_in_the_interpreter(op: str) -> None:
     """Which is chosen when Triton is imported: in a process of its own."""
     command = [sys.executable, str(HERE / "interpreted.py"), op, "1"]
@@ -49,7 +50,7 @@ def test_through_the_compiler(target: str, tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("op", OPERATORS)
+@pytest.mark.parametrize("op", IN_TRITON)
 def test_kernels_are_known_without_triton(op: str) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "ops_basic"))
 
 import torch
-from interpreted import as_processors_do  # it has Triton interpreted
+from triton_interpreter import as_processors_do
 
 from lockstep.ops.linear import gated_blocks
 from lockstep.ops.linear.tiles import GatedBlock

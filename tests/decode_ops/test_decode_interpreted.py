@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.suite("cpu", seconds=60)
+pytestmark = pytest.mark.suite("cpu", seconds=20)
 
 pytest.importorskip("triton")
 
@@ -24,11 +24,9 @@ def run(script: str, *given: str) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("op", OPERATORS + IN_BLOCKS)
-def test_meets_its_contract(op: str) -> None:
-    run("interpreted.py", "1", op)
+def test_kernels_meet_their_contracts() -> None:
+    run("interpreted.py", "1", *OPERATORS, *IN_BLOCKS)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_gated_blocks_of_any_size_in_any_order(seed: int) -> None:
-    run("interpreted_gates.py", str(seed), "20")
+def test_gated_blocks_of_any_size_in_any_order() -> None:
+    run("interpreted_gates.py", "1", "40")

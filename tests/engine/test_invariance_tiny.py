@@ -38,6 +38,8 @@ LENGTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17, 23, 31, 40, 66, 100)
 NUM_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3)
 SCORED = replace(GREEDY, prompt_logprobs=2)
+# Chunks are of the prompt; the tokens after it read what they left, across the end of a page.
+PROMPT_SCORED = replace(SCORED, max_tokens=PAGE_SIZE + 2)
 # Fits about three of the longer requests with their answers.
 SMALL_POOL = {"max_total_tokens": 50 * PAGE_SIZE}
 
@@ -61,23 +63,38 @@ class Tiny:
         return [self.plain.generate([prompt], one)[0] for prompt, one in zip(self.prompts, each, strict=True)]
 
 
-@pytest.fixture(scope="module", params=["llama off", "llama on", "gemma3 off", "gemma3 on"])
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
-    architecture, overlap = request.param.split()
-    path = tmp_path_factory.mktemp(architecture)
-    make_tiny(path, architecture)
+@pytest.fixture(scope="module", autouse=True, params=["llama", "gemma3"])  # the outer parameter of all tests
+def waiting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
+    """Each step waited for: what answers are compared with, whether theirs overlap or not."""
+    path = tmp_path_factory.mktemp(request.param)
+    make_tiny(path, request.param)
     with open_tiny(path, disable_radix_cache=True, chunked_prefill_size=512, overlap="off") as plain:
-        yield Tiny(path, random_prompts(LENGTHS), plain, overlap)
+        yield Tiny(path, random_prompts(LENGTHS), plain, "off")
+
+
+@pytest.fixture(scope="module", params=["off", "on"])
+def tiny(waiting: Tiny, request: pytest.FixtureRequest) -> Tiny:
+    return replace(waiting, overlap=request.param)
 
 
 @pytest.fixture(scope="module")
-def greedy(tiny: Tiny) -> list[Completion]:
-    return tiny.alone(GREEDY)
+def greedy(waiting: Tiny) -> list[Completion]:
+    return waiting.alone(GREEDY)
 
 
 @pytest.fixture(scope="module")
-def sampled(tiny: Tiny) -> list[Completion]:
-    return tiny.alone(various_params())
+def scored(waiting: Tiny) -> list[Completion]:
+    return waiting.alone(SCORED)
+
+
+@pytest.fixture(scope="module")
+def prompts_scored(waiting: Tiny) -> list[Completion]:
+    return waiting.alone(PROMPT_SCORED)
+
+
+@pytest.fixture(scope="module")
+def sampled(waiting: Tiny) -> list[Completion]:
+    return waiting.alone(various_params())
 
 
 def various_params() -> list[SamplingParams]:
@@ -109,10 +126,9 @@ def test_the_tolerance_sees_one_changed_token(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 512])
-def test_chunk_size(tiny: Tiny, chunk: int) -> None:
-    expected = tiny.alone(SCORED)
+def test_chunk_size(tiny: Tiny, prompts_scored: list[Completion], chunk: int) -> None:
     with tiny.open(chunked_prefill_size=chunk, disable_radix_cache=True) as llm:
-        assert_same([llm.generate([prompt], SCORED)[0] for prompt in tiny.prompts], expected)
+        assert_same([llm.generate([prompt], PROMPT_SCORED)[0] for prompt in tiny.prompts], prompts_scored)
 
 
 @pytest.mark.parametrize("chunk", [len(LENGTHS), 64])
@@ -162,12 +178,12 @@ def test_preemption(tiny: Tiny, greedy: list[Completion], cached: bool) -> None:
         assert stats.num_preemptions > 0 and stats.num_pages_in_use == 0
 
 
-def test_preemption_reports_each_prompt_row_once(tiny: Tiny) -> None:
+def test_preemption_reports_each_prompt_row_once(tiny: Tiny, scored: list[Completion]) -> None:
     with tiny.open(chunked_prefill_size=16, **SMALL_POOL) as llm:
         found = llm.generate(tiny.prompts, SCORED)
         assert llm.stats().num_preemptions > 0
     assert [len(answer.prompt_logprobs) for answer in found] == [length - 1 for length in LENGTHS]
-    assert_same(found, tiny.alone(SCORED))
+    assert_same(found, scored)
 
 
 def test_seeded_draws_in_company(tiny: Tiny, sampled: list[Completion]) -> None:

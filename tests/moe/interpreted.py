@@ -1,19 +1,23 @@
-"""Checks the Triton kernels of an operator in Triton's interpreter; run as a script, one operator a process.
+"""Checks Triton kernels of mixtures of experts in Triton's interpreter: `python interpreted.py OPERATOR...`.
 
-The interpreter computes products of bfloat16 on their bits, so operators with products run in the other dtypes.
+OPERATOR/WAY computes every number of tokens in one way, whatever the rules would choose. Operators with products run
+in the dtypes other than bfloat16. Exits 1 on a failure.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported by whoever needs it
+sys.path.append(str(Path(__file__).parents[1] / "ops_basic"))
 
 import torch
+import triton_interpreter  # noqa: F401  has Triton interpreted
 
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Case, Contract
@@ -53,9 +57,11 @@ def check_lanes(contract: Contract) -> None:
     cases = list(contract.cases())[1::25]
     crowded = next(case for case in contract.cases() if "crowded" in case.name)
     for number, lanes in enumerate((1, 2, 4)):
-        programs.lanes_for = lambda num_tokens, num_experts, lanes=lanes: lanes
-        check(replace(contract, cases=lambda number=number: iter([*cases[number::2], crowded])))
-    check_no_numbers(contract)
+        some = [*cases[number::2], crowded]
+        with patch.object(programs, "lanes_for", return_value=lanes):
+            check(replace(contract, cases=partial(iter, some)))
+    with patch.object(programs, "lanes_for", return_value=4):
+        check_no_numbers(contract)
 
 
 def check_no_numbers(contract: Contract) -> None:
@@ -88,9 +94,13 @@ def check_routing_tiles(contract: Contract) -> None:
 
     cases = [case for case in contract.cases() if case.signature["dtype"] == torch.float16]
     for number, tile in enumerate((Tile(32, 16, 64, 4), Tile(32, 64, 512, 4), Tile(64, 128, 32, 8))):
-        chooser.tile_of = lambda rows, inputs, tile=tile: tile if 0 < rows <= tile.rows else None
         some = [case for case in cases if case.signature["inputs"] < 1024][number::5]
-        check(replace(contract, cases=lambda some=some: iter(some)))
+
+        def tile_of(rows: int, inputs: int, tile: Tile = tile) -> Tile | None:
+            return tile if 0 < rows <= tile.rows else None
+
+        with patch.object(chooser, "tile_of", tile_of):
+            check(replace(contract, cases=partial(iter, some)))
 
 
 def check_way(contract: Contract, way: str) -> None:
@@ -107,16 +117,17 @@ def check_way(contract: Contract, way: str) -> None:
         up = Tile(rows, 32, 64, 4, 2)
         return Plan("tokens" if way == "tokens" else "grouped", up, up._replace(outputs=16, inputs=32))
 
-    programs.plan_of = plan
     cases = [case for case in contract.cases() if case.signature["dtype"] != torch.bfloat16]
     number = len(way) % 8
-    check(replace(contract, cases=lambda: iter(cases[number::13])))
+    with patch.object(programs, "plan_of", plan):
+        check(replace(contract, cases=lambda: iter(cases[number::13])))
 
 
-def main(name: str, way: str | None = None) -> None:
-    torch.set_num_threads(1)
+def check_asked(asked: str) -> None:
+    name, _, way = asked.partition("/")
     contract = contracts()[name]
-    if way is not None:
+    print(asked, end=", ")
+    if way:
         check_way(contract, way)
         return
     check(replace(contract, cases=lambda: chosen_cases(contract)))
@@ -124,6 +135,12 @@ def main(name: str, way: str | None = None) -> None:
         check_lanes(contract)
     if name == "add_norm_route":
         check_routing_tiles(contract)
+
+
+def main(*named: str) -> None:
+    torch.set_num_threads(1)
+    for asked in named:
+        check_asked(asked)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.suite("cpu", seconds=90)
+pytestmark = pytest.mark.suite("cpu", seconds=10)
 
 pytest.importorskip("triton")
 
