@@ -17,6 +17,7 @@ from lockstep.ops.cases import DTYPES
 from lockstep.ops.contract import Argument, Case, Contract, Workload
 
 _SPARE_TILES = 2
+_HEADS = ((128, 128), (128, 1), (9, 1), (7, 1), (16, 2), (20, 2), (32, 2), (24, 2), (128, 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, Layer(4, 2), (40, 17, 33, 0, 18, 5), pairs)
         yield case(dtype, Layer(4, 2), (40, 17, 33), ())
         yield case(dtype, Layer(4, 2), (), ())
+        yield case(dtype, Layer(4, 2), (20,), ())
         yield case(dtype, Layer(1, 1), (200, 130, 129), (Group(8, (0, 1, 2)),))
         yield case(dtype, Layer(9, 3, sinks=True), (70, 66), (Group(4, (0, 1)),))
         yield case(dtype, Layer(12, 2, 64, 1, soft_cap=5.0), (70, 66, 80), (Group(65, (2, 0, 1)),))
@@ -41,6 +43,10 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, Layer(4, 1, 32), (65,) * (ROWS + 3), (Group(4, tuple(range(ROWS + 3))),))
         yield case(dtype, Layer(4, 2, 64), (1500, 1030), (Group(64, (0, 1)),), pages_first=True)
         yield case(dtype, Layer(4, 2), (40, 35), (Group(2, (0, 1)),), values="large queries")
+        yield case(dtype, Layer(4, 2), (40, 35), (Group(2, (0, 1)),), values="zero queries")
+        # Every number of query heads for a KV head that models have.
+        for heads, kv_heads in _HEADS:
+            yield case(dtype, Layer(heads, kv_heads, 32), (34, 40), (Group(2, (0, 1)),))
         if dtype != torch.float32:
             # Here float32 itself would be off by more than is accepted.
             yield case(dtype, Layer(64, 8), (150, 97, 150), (Group(6, (0, 1, 2)),), values="spread scores")
