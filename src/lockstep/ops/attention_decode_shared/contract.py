@@ -38,6 +38,9 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, Layer(1, 1), (200, 130, 129), (Group(8, (0, 1, 2)),))
         yield case(dtype, Layer(9, 3, sinks=True), (70, 66), (Group(4, (0, 1)),))
         yield case(dtype, Layer(12, 2, 64, 1, soft_cap=5.0), (70, 66, 80), (Group(65, (2, 0, 1)),))
+        # With few keys a sink and a cap change much.
+        yield case(dtype, Layer(8, 2, 64, 4, sinks=True), (9, 6, 5), (Group(1, (0, 1, 2)),))
+        yield case(dtype, Layer(8, 2, 64, 4, soft_cap=3.0), (9, 6, 5), (Group(1, (0, 1, 2)),))
         yield case(dtype, Layer(5, 1, 80, 4), (70, 66), (Group(16, (1, 0)),), num_spare_pages=3)
         yield case(dtype, Layer(2, 2, 256, 64), (70, 66), (Group(1, (0, 1)),), slice_rows=True)
         yield case(dtype, Layer(4, 1, 32), (65,) * (ROWS + 3), (Group(4, tuple(range(ROWS + 3))),))
