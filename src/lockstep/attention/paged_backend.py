@@ -27,22 +27,27 @@ _ALIGNED = 16
 class SharedTables:
     """Who shares which leading keys of up to so many single tokens, on the device: a Sharing in memory of its own.
 
-    Until it is written nobody shares anything.
+    Without one nobody shares anything until it is written.
     """
 
-    def __init__(self, num_sequences: int, num_tiles: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        num_sequences: int,
+        num_tiles: int,
+        device: torch.device,
+        sharing: Sharing | None = None,
+        stage: Stage = torch.from_numpy,
+    ) -> None:
         self._first_tile = _aligned(num_sequences)
-        self._written = self._host(None, num_tiles)
-        self._memory = torch.from_numpy(self._written).to(device)
+        self._written = self._host(sharing, num_tiles)
+        self._memory = stage(self._written).to(device, non_blocking=True)
         self.shared_keys_B = self._memory[:num_sequences]
         self.tiles_TR = self._memory[self._first_tile :].view(num_tiles, ROWS)
 
     @classmethod
     def of(cls, sharing: Sharing, stage: Stage, device: torch.device) -> SharedTables:
         """The tables of one step."""
-        tables = cls(len(sharing.shared_keys_B), len(sharing.tiles_TR), device)
-        tables.write(sharing, stage)
-        return tables
+        return cls(len(sharing.shared_keys_B), len(sharing.tiles_TR), device, sharing, stage)
 
     def write(self, sharing: Sharing | None, stage: Stage) -> None:
         """Makes this what is shared, in stream order. What is there already is not written again."""

@@ -319,14 +319,18 @@ class SharedKeys:
     parts: Parts
 
 
+def _num_programs(q_BNH: torch.Tensor, k_KPSH: torch.Tensor) -> int:
+    """Programs that see all keys of their sequence, where these are not split."""
+    batch, num_heads, head_dim = q_BNH.shape
+    group = num_heads // k_KPSH.shape[0]
+    return batch * k_KPSH.shape[0] * -(-group // decode_tile(group, head_dim, q_BNH.itemsize).rows)
+
+
 def num_own_parts(q_BNH: torch.Tensor, k_KPSH: torch.Tensor, page_table_BP: torch.Tensor) -> int:
     """Parts that `decode` cuts the keys of each sequence into, but for those that others have seen."""
-    batch, num_heads, head_dim = q_BNH.shape
-    num_kv_heads, _, page_size, _ = k_KPSH.shape
-    group = num_heads // num_kv_heads
-    tile = decode_tile(group, head_dim, q_BNH.itemsize)
-    num_programs = batch * num_kv_heads * -(-group // tile.rows)
-    return num_splits(num_programs, page_table_BP.shape[1] * page_size, tile.keys)
+    num_kv_heads, _, page_size, head_dim = k_KPSH.shape
+    keys = decode_tile(q_BNH.shape[1] // num_kv_heads, head_dim, q_BNH.itemsize).keys
+    return num_splits(_num_programs(q_BNH, k_KPSH), page_table_BP.shape[1] * page_size, keys)
 
 
 def decode(
@@ -352,8 +356,8 @@ def decode(
         return
     group = num_heads // num_kv_heads
     tile = decode_tile(group, head_dim, q_BNH.itemsize)
-    num_programs = batch * num_kv_heads * -(-group // tile.rows)
-    num_parts = num_splits(num_programs, page_table_BP.shape[1] * page_size, tile.keys)
+    num_programs = _num_programs(q_BNH, k_KPSH)
+    num_parts = num_own_parts(q_BNH, k_KPSH, page_table_BP)
     if num_parts == 1:
         tile = replace(tile, num_warps=max(tile.num_warps, WHOLE_WARPS))
     parts = shared.parts if shared else Parts.empty(q_BNH, num_parts) if num_parts > 1 else None
