@@ -141,28 +141,40 @@ class Chain:
         return update, total, *self.pools
 
 
-def bound(provider: str) -> dict[str, Callable[..., Any]]:
+def bound(*providers: str) -> dict[str, Callable[..., Any]]:
+    """Each operator's kernel of the first provider that has one."""
     from lockstep.ops.registry import kernels
 
-    ops = ("add_norm_linear", "norm_rope_store", "linear")
-    return {op: next(each.function for each in kernels(op) if each.provider == provider) for op in ops}
+    def of(op: str) -> Callable[..., Any]:
+        by_provider = {each.provider: each.function for each in kernels(op)}
+        return next(by_provider[provider] for provider in providers if provider in by_provider)
+
+    return {op: of(op) for op in ("add_norm_linear", "norm_rope_store", "linear")}
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 50, 128, 256])
-def test_a_chain_of_early_launches_waits_where_it_must(rows: int, seed: int) -> None:
+HOPPER = pytest.mark.suite("cuda-1", needs=("triton", "sm_90", "cuda_bindings"), seconds=60)
+
+
+@pytest.mark.parametrize(
+    "providers", [("triton",), pytest.param(("cuda", "triton"), marks=HOPPER)], ids=" ".join
+)
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 50, 128, 200, 256])
+def test_a_chain_of_early_launches_waits_where_it_must(
+    rows: int, providers: tuple[str, ...], seed: int
+) -> None:
     """Eager, again and again, and replayed: the same bits; and the composition's values."""
     chain = Chain(seed, rows, width=1024, inner=3072, num_blocks=6)
-    triton = bound("triton")
-    expected = [value.clone() for value in chain.run(triton)]
+    fast = bound(*providers)
+    expected = [value.clone() for value in chain.run(fast)]
     composed = [value.clone() for value in chain.run(bound("reference"))]
     for found, wanted in zip(expected, composed, strict=True):
         off = (found.double() - wanted.double()).norm() / wanted.double().norm()
         assert off < 0.03, off
     for _ in range(30):
-        assert all(map(torch.equal, chain.run(triton), expected))
+        assert all(map(torch.equal, chain.run(fast), expected))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        recorded = chain.run(triton)
+        recorded = chain.run(fast)
     for _ in range(30):
         for value in (*recorded[:2], *chain.pools):
             value.zero_()
@@ -170,4 +182,4 @@ def test_a_chain_of_early_launches_waits_where_it_must(rows: int, seed: int) -> 
         assert all(map(torch.equal, recorded, expected))
     chain.stream.mul_(2)
     graph.replay()
-    assert all(map(torch.equal, recorded, [value.clone() for value in chain.run(triton)]))
+    assert all(map(torch.equal, recorded, [value.clone() for value in chain.run(fast)]))

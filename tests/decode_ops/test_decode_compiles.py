@@ -128,7 +128,9 @@ def programs(*, early: bool) -> dict[str, str]:
 def test_weights_are_on_their_way_before_the_wait_and_nothing_is_written() -> None:
     for name, ptx in programs(early=True).items():
         before, wait, after = ptx.partition(WAIT)
-        assert wait and RELEASE in after and RELEASE not in before, name
+        # A small kernel lets the next one start beside it.
+        releasing, holding = (before, after) if name == "heads" else (after, before)
+        assert wait and RELEASE in releasing and RELEASE not in holding, name
         assert re.search(FETCH_AHEAD if "blocks" in name else READ_16_BYTES, before) or name == "heads", name
         assert "st.global" not in before and "atom" not in before, name
         assert "st.global" in after, name

@@ -165,7 +165,7 @@ class KernelOptions:
         "~/.cache/lockstep",
         metavar="DIR",
         env="LOCKSTEP_CACHE_DIR",
-        help="Folder of what was measured on this machine: `bench tune-moe` writes there, kernels read there.",
+        help="Folder of what was measured and compiled on this machine: `bench tune-moe` and kernels write there.",
     )
 
     @property

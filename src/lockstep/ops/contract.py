@@ -127,10 +127,10 @@ class Kernel:
     kernel reads, once, when a model is built. `asks_host` says that it reads values of tensors on the
     host: a device graph cannot hold it. `take_rows` gives rows of a prepared weight as float32, by int64 numbers:
     an embedding that is tied to a head need not be held twice. `opaque`: what `prepare` gives is no tensor.
-    `with_measured` gives the function that follows what was measured on this machine, from the folder that holds it;
-    the same function for the same folder. `compile_ahead` makes what calls of a signature lack, once for a machine,
-    when a model is built: until then `refuses` says that it is not compiled. `by_name`: it is bound only where it is
-    asked for by name.
+    `with_measured` gives the function that follows what was measured and keeps what it compiles on this machine, from
+    the folder for both; the same function for the same folder. `compile_ahead` makes what calls of a signature lack,
+    once for a machine, when a model is built: until then `refuses` says that it is not compiled. `by_name`: it is bound
+    only where it is asked for by name.
     """
 
     op: str

@@ -1,8 +1,8 @@
 """Kernels that start while the one before them ends: programmatic dependent launch. Importing it imports Triton.
 
-A kernel that is launched so may run before its predecessor's results are there. Each keeps two rules. Until it has
-waited it reads only what its predecessor cannot have written, and writes nothing: weights, which are fixed when a model
-is built, and tables of a step, which are there before its first layer. And every one waits: then the end of a kernel is
+A kernel that is launched so may run before the results of those before it are there. Each keeps two rules. Until it
+has waited it writes nothing and reads only what none of them can have written: weights, which are fixed when a model is
+built, and tables of a step, which are there before its first kernel. And every one waits: then the end of a kernel is
 the end of all before it, whether or not the next one is launched so.
 Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -16,11 +16,19 @@ import triton.language as tl
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr) -> None:
-    """Returns when the results of the kernels before are there; lets the next kernel start its weights."""
+def wait_for_inputs(PDL: tl.constexpr, NEXT_FIRST: tl.constexpr = False) -> None:
+    """Returns when the results of the kernels before are there; lets the next kernel start its weights.
+
+    NEXT_FIRST: lets it before it waits. That is for small kernels, beside which the next finds room; beside a large one
+    it would only be in the way of what is to come before it.
+    """
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if NEXT_FIRST:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        else:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @cache

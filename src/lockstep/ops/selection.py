@@ -45,8 +45,8 @@ class KernelSelector:
     `preference` orders providers, best first; one that it does not name comes before torch and the reference, or with
     `only` nowhere. `forced` maps an operator to a provider; "*" stands for every operator that has a kernel of that
     provider. `strict` makes a fallback (a preferred kernel that exists for this platform but refuses) an error.
-    `measured_in` is the folder of what was measured on this machine. Raises KernelError when `forced` names an operator
-    or a provider that is not known.
+    `measured_in` is the folder of what was measured and compiled on this machine. Raises KernelError when `forced`
+    names an operator or a provider that is not known.
     """
 
     def __init__(
@@ -77,11 +77,7 @@ class KernelSelector:
             binding = self._bind_forced(where, signature, forced)
         else:
             binding = self._bind_preferred(op, where, signature)
-        if self._measured_in is not None and binding.kernel.with_measured is not None:
-            function = binding.kernel.with_measured(self._measured_in)
-            binding = replace(binding, kernel=replace(binding.kernel, function=function))
-        self.bindings.append(binding)
-        return binding
+        return self._written_down(binding)
 
     def bind_fused(
         self, op: str, where: str, signature: Signature, *, apart: str | None = None
@@ -108,13 +104,20 @@ class KernelSelector:
             reason = apart or self._refusal(kernel, signature)
             if reason is None:
                 why = "computes its parts together"
-                self.bindings.append(Binding(op, where, kernel, why, tuple(refused), signature))
-                return self.bindings[-1]
+                return self._written_down(Binding(op, where, kernel, why, tuple(refused), signature))
             refused.append((kernel.provider, reason))
         parts = Kernel(op, "parts", contract.reference)
         why = "each part has its own kernel"
         self.bindings.append(Binding(op, where, parts, why, tuple(refused), signature))
         return None
+
+    def _written_down(self, binding: Binding) -> Binding:
+        """The binding, with what this machine has for its kernel."""
+        if self._measured_in is not None and binding.kernel.with_measured is not None:
+            function = binding.kernel.with_measured(self._measured_in)
+            binding = replace(binding, kernel=replace(binding.kernel, function=function))
+        self.bindings.append(binding)
+        return binding
 
     def _together(self, op: str) -> list[Kernel]:
         """Kernels that compute a fused operator as one, in the order that they are asked in."""

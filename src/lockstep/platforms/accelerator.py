@@ -140,5 +140,8 @@ def _recording_stream(index: int) -> Any:
 
 
 def has_package(name: str) -> bool:
-    """True when a Python package can be imported; does not import it."""
-    return importlib.util.find_spec(name) is not None
+    """True when a Python package can be imported; does not import it, though what it lies in."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -15,7 +15,16 @@ from lockstep.ops.contract import Argument, Case, Contract, Signature, Workload,
 _Arguments = tuple[Any, ...]
 _Result = tuple[torch.Tensor, torch.Tensor]
 
-_SHAPES = ((1, 64, 96), (1, 1100, 40), (5, 576, 192), (8, 100, 66), (17, 320, 64), (40, 96, 64), (0, 64, 64))
+_SHAPES = (
+    (1, 64, 96),
+    (1, 1100, 40),
+    (5, 576, 192),
+    (8, 100, 66),
+    (17, 320, 64),
+    (40, 96, 64),
+    (150, 328, 144),
+    (0, 64, 64),
+)
 """Rows, inputs, outputs of the weight."""
 
 _SPREAD = 0.4

@@ -47,7 +47,7 @@ def _add_rms_norm(
     update_ptrs = update_ptr + update_start[:, None] + (far_column * update_column_stride)[None, :]
     residual_ptrs = residual_ptr + residual_start[:, None] + (far_column * residual_column_stride)[None, :]
     weight = tl.load(weight_ptr + column, mask=in_row, other=0.0).to(tl.float32)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, NEXT_FIRST=True)
     update = tl.load(update_ptrs, mask=mask, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
     # What is normalised is the sum as the next layer reads it.

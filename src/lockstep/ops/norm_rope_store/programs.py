@@ -87,7 +87,7 @@ def _store_heads(
         one_row = tl.zeros((1, 1), tl.int32)
         q_weight_1, q_weight_2 = _halves(q_weight_ptr + one_row, 1, is_pair[None, :], HALF, BLOCK)
         k_weight_1, k_weight_2 = _halves(k_weight_ptr + one_row, 1, is_pair[None, :], HALF, BLOCK)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, NEXT_FIRST=True)
 
     far_head = head.to(tl.int64)
     mask = (head < num_heads)[:, None] & is_pair[None, :]

@@ -40,7 +40,7 @@ def _activate_and_multiply(
     far_column = column.to(tl.int64)
     gate_ptrs = x_ptr + start[:, None] + (far_column * column_stride)[None, :]
     up_ptrs = x_ptr + start[:, None] + ((far_column + width) * column_stride)[None, :]
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, NEXT_FIRST=True)
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == 0:

@@ -19,7 +19,7 @@ class CudaPlatform(TorchAccelerator):
 
     name = "cuda"
     device_type = "cuda"
-    kernel_preference = ("cublas", "cudnn", "flashinfer", "triton", "torch", "reference")
+    kernel_preference = ("cublas", "cudnn", "flashinfer", "cuda", "triton", "torch", "reference")
     # Measured on one H100 80GB (docs/performance.md). Decoding, all are within a tenth of each other and of the
     # memory's speed where it matters; Triton reads lengths on the device, FlashInfer plans on the host before each
     # step. Extending, FlashInfer's FA3 reaches 470 to 557 TFLOP/s and cuDNN 455 to 572, Triton 357.
@@ -52,6 +52,8 @@ class CudaPlatform(TorchAccelerator):
         if has_triton:
             features.add("triton")
         features.update(package for package in ("cudnn", "flashinfer") if has_package(package))
+        if has_package("cuda.bindings"):
+            features.add("cuda_bindings")
         return Capabilities(
             platform=self.name,
             device_type=self.device_type,
