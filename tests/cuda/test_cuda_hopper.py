@@ -7,16 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from decode_chain import Chain, assert_waits, bound, drawn
 from torch.nn.functional import silu
 
 pytestmark = pytest.mark.suite("cuda-1", needs=("triton", "sm_90", "cuda_bindings"), seconds=40)
-
-
-def drawn(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    torch.manual_seed(seed)
-    values = (torch.randn(*shape, device="cuda") * scale).to(dtype)
-    torch.cuda.synchronize()  # weights are there before a kernel that reads them is launched
-    return values
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -144,6 +138,11 @@ def test_one_after_the_other_without_a_kernel_between(seed: int) -> None:
         recorded.zero_()
         graph.replay()
         assert torch.equal(recorded, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 32, 50, 128, 200, 256])
+def test_a_chain_of_early_launches_waits_where_it_must(rows: int, seed: int) -> None:
+    assert_waits(Chain(seed, rows), bound("cuda", "triton"))
 
 
 def test_compiled_kernels_are_kept_and_read_again(

@@ -87,6 +87,7 @@ def test_what_was_not_measured_fills_the_device_in_one_round() -> None:
 def test_parts_of_sums_that_do_not_fit_are_no_way() -> None:
     assert block_in(256, 4096, Way(3, 1)) is not None
     assert block_in(256, 4096, Way(4, 4)) is None
+    assert block_in(256, 4096, Way(1, 3)) is None, "288 rows are too many for one instruction"
 
 
 def hopper(*features: str) -> Capabilities:

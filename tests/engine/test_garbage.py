@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 from lockstep.core.garbage import OBJECTS_BETWEEN_COLLECTIONS, start_without_collecting
 from lockstep.engine.llm import LLM
+from lockstep.platforms import accelerator
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -48,6 +52,25 @@ def test_a_start_that_fails_turns_it_on_again() -> None:
     with pytest.raises(ValueError), start_without_collecting():
         raise ValueError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_it_rests_while_a_graph_is_recorded(fails: bool, was_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that is collected there would give memory back, which spoils the recording."""
+    for name in ("synchronize", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(accelerator, "_recording_stream", lambda index: None)
+    graph = object.__new__(accelerator.CudaGraph)
+    graph._graph, graph._where = Mock(), {}
+    (gc.enable if was_on else gc.disable)()
+    with pytest.raises(ValueError) if fails else nullcontext(), graph.capture():
+        assert not gc.isenabled()
+        if fails:
+            raise ValueError
+    assert gc.isenabled() == was_on
+    assert [call[0] for call in graph._graph.mock_calls] == ["capture_begin", "capture_end"]
 
 
 @pytest.mark.parametrize("closed", [True, False])

@@ -14,6 +14,18 @@ walk through those of the step in hand at every step, a tenth of the host's time
 
 
 @contextmanager
+def nothing_collected() -> Iterator[None]:
+    """For what must not be disturbed by the end of something else: reference cycles wait until it is done."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
 def start_without_collecting() -> Iterator[None]:
     """For a process that is an engine: what is imported and built inside is there to stay.
 
@@ -21,17 +33,14 @@ def start_without_collecting() -> Iterator[None]:
     the end, for more objects at a time than Python has it, and leaves alone what was made until then, but for the
     interpreter's own end.
     """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
-        # Objects that native code holds are reported as leaks when a process ends with them frozen.
-        atexit.register(gc.unfreeze)
-        if was_on:
-            gc.enable()
+    with nothing_collected():
+        try:
+            yield
+        finally:
+            gc.freeze()
+            gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, *gc.get_threshold()[1:])
+            # Objects that native code holds are reported as leaks when a process ends with them frozen.
+            atexit.register(gc.unfreeze)
 
 
 def leave_alone_while(owner: object) -> weakref.finalize[..., object]:

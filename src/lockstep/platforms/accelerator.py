@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+from lockstep.core.garbage import nothing_collected
 from lockstep.platforms.base import DeviceEvent, DeviceGraph, MemoryFacts, Platform
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ class CudaGraph:
         """
         import torch
 
-        # torch.cuda.graph would also empty torch's caches, for each of a step's many pieces.
+        # torch.cuda.graph would also collect garbage and empty torch's caches, for each of a step's many pieces.
+        # What an engine that is gone gives back while somebody records would spoil the recording.
         torch.cuda.synchronize()
-        with torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
+        with nothing_collected(), torch.cuda.stream(_recording_stream(torch.cuda.current_device())):
             self._graph.capture_begin(**self._where)
             try:
                 yield

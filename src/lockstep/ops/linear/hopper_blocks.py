@@ -25,6 +25,9 @@ _FEW_ROWS = 64
 _SHARED_BYTES_OF_FEW = 200_000
 """Blocks of few rows leave shared memory for the kernels before and after them."""
 
+_MOST_ROWS_AT_ONCE = 256
+"""That one instruction multiplies."""
+
 _MOST_ROWS_OF_THREE = 216
 """That three warpgroups multiply with one instruction: beyond, registers do not suffice."""
 
@@ -117,9 +120,11 @@ def block_of(rows: int, outputs: int, inputs: int, *, gated: bool) -> HopperBloc
 
 
 def block_in(rows: int, inputs: int, way: Way) -> HopperBlock | None:
-    """A way's block, of as many stages as there is use and room for; None where there is too little room."""
+    """A way's block, of as many stages as there is use and room for; None for too many rows or too little room."""
     unit = 8 * way.splits if rows <= 32 else lcm(32, 8 * way.splits)
     of_rows = ceil(rows / (way.row_blocks * unit)) * unit
+    if of_rows > _MOST_ROWS_AT_ONCE:
+        return None
     room = _SHARED_BYTES_OF_FEW if rows <= _FEW_ROWS else MOST_SHARED_BYTES
     used = max(2, ceil(ceil(inputs / BLOCK_INPUTS) / way.splits))
     for stages in range(min(used, _MOST_STAGES), 1, -1):
