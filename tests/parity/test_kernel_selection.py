@@ -150,7 +150,7 @@ def test_a_star_leaves_operators_alone_that_have_no_such_kernel() -> None:
             r"rms_norm=goood names no kernel; did you mean 'good'\? \(known: reference, narrow,",
         ),
         ({"*": "refrence"}, r"\*=refrence names no kernel; did you mean 'reference'\?"),
-        ({"linear": "good"}, r"linear=good names no kernel.*known: reference, native, .*onednn, torch"),
+        ({"linear": "good"}, r"linear=good names no kernel.*known: reference, cuda, native, .*onednn, torch"),
     ],
 )
 def test_unknown_forced_names(forced: dict[str, str], says: str) -> None:
