@@ -251,5 +251,15 @@ def test_an_engine_names_native_kernels_where_they_serve() -> None:
     small: dict[str, Any] = {"device": "cpu", "max_total_tokens": 512, "context_length": 64}
     with LLM(**small) as llm:
         assert llm.native_kernels == summary()
+    if extension() is not None:
+        with LLM(force_kernel=("decoder_forward=native_scalar",), **small) as llm:
+            assert llm.native_kernels == "native kernels: scalar"
     with LLM(force_kernel=("*=reference",), **small) as llm:
         assert llm.native_kernels is None or extension() is None
+
+
+@pytest.mark.parametrize("command", ["run hi", "chat"])
+def test_a_tokenizer_that_was_left_out_is_said_to_be(command: str, capsys: Streams) -> None:
+    assert main([*command.split(), "--skip-tokenizer-init"]) == 2
+    err = capsys.readouterr().err
+    assert "--skip-tokenizer-init leaves nothing to read text with" in err and "template" not in err

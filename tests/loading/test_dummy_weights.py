@@ -149,7 +149,7 @@ def test_text_without_a_tokenizer_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_what_cannot_be_a_dummy(tmp_path: Path) -> None:
     path = write_gguf(tiny_model("llama"), tmp_path / "tiny.gguf")
-    with pytest.raises(ModelFileError, match="dummy weights need a directory"):
+    with pytest.raises(ModelFileError, match="need a directory with a config"):
         LLM(str(path), load_format="dummy")
     with pytest.raises(ConfigError, match="load_format takes one of auto, files, dummy, not 'dumy'"):
         LLM(str(path), load_format="dumy")

@@ -11,6 +11,7 @@ import click
 
 from lockstep.config import Given
 from lockstep.core.garbage import start_without_collecting
+from lockstep.tokenizer.token_ids_only import TokenIdsOnly
 
 if TYPE_CHECKING:
     from lockstep.engine.llm import LLM
@@ -38,6 +39,8 @@ def open_llm(options: Mapping[str, Given]) -> Iterator[LLM]:
 
 def require_chat_template(llm: LLM, or_else: str = "") -> None:
     """Raises UsageError with what a user can do about a model that cannot converse; `or_else` ends the text."""
+    if isinstance(llm.tokenizer, TokenIdsOnly):
+        raise click.UsageError("--skip-tokenizer-init leaves nothing to read text with: leave it out here")
     if llm.tokenizer.chat_template is None:
         raise click.UsageError(
             f"{llm.card.name} has no chat template: --chat-template FILE gives it one{or_else}"

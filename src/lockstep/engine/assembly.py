@@ -19,7 +19,7 @@ from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
 from lockstep.executor.runner import ModelRunner
 from lockstep.formats import ModelFiles
-from lockstep.native import extension, summary
+from lockstep.native import extension, summary, usable_instruction_sets
 from lockstep.ops.native import is_native
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.processes import connect
@@ -76,9 +76,15 @@ class Engine:
     @property
     def native_kernels(self) -> str | None:
         """Which native kernels serve the model, or on a device for them why there are none; None where others serve."""
-        is_served = any(is_native(binding.kernel) for binding in self.rank.bindings)
+        serving = {binding.kernel.provider for binding in self.rank.bindings if is_native(binding.kernel)}
         could_be = self.opened.platform.runs_native_kernels and extension() is None
-        return summary(disabled_features()) if is_served or could_be else None
+        if not serving and not could_be:
+            return None
+        disabled = disabled_features()
+        # Kernels of an instruction set that was asked for bear its name, others take the best one.
+        named = {provider.partition("native_")[2] for provider in serving}
+        best = usable_instruction_sets(disabled)[:1] if "" in named else ()
+        return summary(disabled, sorted({*named, *best} - {""}))
 
     def check(self, patience_s: float = 0.0) -> None:
         """Raises EngineDead when a worker is gone, or goes in this time."""

@@ -79,7 +79,9 @@ def _open_file(path: Path, weights: bool) -> ModelFiles:
             f"{path}: weights alone do not make a model; give the directory, with its config.json"
         )
     if not weights:
-        raise ModelFileError(f"{path}: dummy weights need a directory with a config.json, not a .gguf file")
+        raise ModelFileError(
+            f"{path}: dummy weights, and tuning, need a directory with a config.json, not a .gguf file"
+        )
     return open_gguf(path)
 
 

@@ -40,7 +40,10 @@ def usable_instruction_sets(disabled: Iterable[str] = ()) -> tuple[str, ...]:
     return tuple(native.usable_instruction_sets(sorted(left))) if native else ()
 
 
-def summary(disabled: Iterable[str] = ()) -> str:
-    """A phrase for people: "native kernels: avx2", or "no native kernels (not built: no C++ compiler)"."""
-    usable = usable_instruction_sets(disabled)
-    return f"native kernels: {usable[0]}" if usable else f"no native kernels ({why_not()})"
+def summary(disabled: Iterable[str] = (), chosen: Iterable[str] = ()) -> str:
+    """A phrase for people: "native kernels: avx2", or "no native kernels (not built: no C++ compiler)".
+
+    `chosen` names the instruction sets that serve, where they are not the best one alone.
+    """
+    usable = tuple(chosen) or usable_instruction_sets(disabled)[:1]
+    return f"native kernels: {', '.join(usable)}" if usable else f"no native kernels ({why_not()})"

@@ -145,9 +145,10 @@ CONTRACT = Contract(
     cases=_cases,
     # The result rounds once. Before it, gate, up, activation and their product each round values of size one to the
     # dtype; the second product averages them out: five roundings of a term give a deviation of sqrt(5 / 3) half
-    # units of an output of size one, and each of up to four weighted outputs one more. Four sigmas of that is
-    # below 10 half units of the sum. float32 sums walk as in linear, over 577 and 512 terms.
-    tolerance=rounded(1, maths=4, inside=10.0, absolute=8 * (_MOST_SUMMED / 2) ** 0.5 * FLOAT32_UNIT),
+    # units of an output of size one, and each of up to four weighted outputs one more. Activations are products, whose
+    # size differs from token to token, so that six sigmas are needed: 16 half units of the sum. (Of 1,500 seeds the
+    # most seen is 12.) float32 sums walk as in linear, over 577 and 512 terms.
+    tolerance=rounded(1, maths=4, inside=16.0, absolute=8 * (_MOST_SUMMED / 2) ** 0.5 * FLOAT32_UNIT),
     mutants={
         "gate and up swapped": _gate_and_up_swapped,
         "weighted before the experts": _weighted_before,
