@@ -56,13 +56,7 @@ class CudaProgram:
     """
 
     def __init__(
-        self,
-        source: str,
-        name: str,
-        device: torch.device,
-        cache_dir: Path | None,
-        *,
-        shared_bytes: int,
+        self, source: str, name: str, device: torch.device, cache_dir: Path | None, *, shared_bytes: int
     ) -> None:
         self._device = device
         self._torch = torch.get_device_module(device)

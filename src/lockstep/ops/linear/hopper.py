@@ -80,13 +80,7 @@ def _program(
     cache_dir: Path | None,
 ) -> CudaProgram:
     text = source(block, dtype, gated=gated, has_bias=has_bias)
-    return CudaProgram(
-        text,
-        "product",
-        device,
-        cache_dir,
-        shared_bytes=shared_bytes(block),
-    )
+    return CudaProgram(text, "product", device, cache_dir, shared_bytes=shared_bytes(block))
 
 
 @lru_cache(maxsize=8192)
