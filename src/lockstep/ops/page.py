@@ -13,7 +13,7 @@ _HEAD = """\
 <!-- Generated: python -m lockstep.ops.page > docs/operators.md -->
 
 Each operator has one contract, from which this page, the checks and the measurements are made. A kernel is verified on
-the devices where `lockstep ops check` passed with it; one that says "nothing yet" was written from documentation.
+the devices where `lockstep ops check` passed with it; one that says "nothing yet" was not checked on any.
 
 ```sh
 lockstep ops list                                # this page's table, for what is installed

@@ -52,7 +52,6 @@ KERNELS = (
     Kernel(
         op="linear",
         provider="cuda",
-        verified_on=("NVIDIA H100",),
         function=linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
