@@ -54,9 +54,12 @@ TOLERANCE = 0.02
 
 
 class Step:
-    """A model, and one step of NUM_ROWS sequences that already have NUM_KEYS - 1 keys each."""
+    """A model, and one step of NUM_ROWS sequences that already have NUM_KEYS - 1 keys each.
 
-    def __init__(self, config: dict[str, Any], selector: type[KernelSelector]) -> None:
+    With `fresh`, a kernel that makes heads ready, stores and attends is bound where this device has one.
+    """
+
+    def __init__(self, config: dict[str, Any], selector: type[KernelSelector], *, fresh: bool) -> None:
         platform = load_platform("cuda")
         capabilities, device = platform.capabilities(), platform.device()
         bfloat16, kernels = torch.bfloat16, selector(capabilities, platform.kernel_preference)
@@ -64,7 +67,12 @@ class Step:
         self.model = model_class(config).make(self.build, config)
         preference, signature = platform.attention_preference, self.build.attention_signature
         self.attention, self.attends = choose_backend(
-            "auto", capabilities, preference, signature, selector=selector
+            "auto",
+            capabilities,
+            preference,
+            signature,
+            fresh_signature=self.build.fresh_signature if fresh else None,
+            selector=selector,
         )
         assert isinstance(self.attention, PagedBackend) and self.attention.why_no_graphs is None
         self.pool = KVPool(
@@ -93,6 +101,15 @@ class Step:
         sites = (*self.build.kernels.bindings, *self.attends)
         return [(each.where, each.op, each.kernel.provider) for each in sites]
 
+    @property
+    def called(self) -> set[str]:
+        """Kernels that a step needs in which every sequence has a single token, and keys of its own."""
+        bound = {(op, provider) for _, op, provider in self.kernels if provider != "parts"}
+        unused = {"attention_decode_shared", "attention_extend"}
+        if "norm_rope_attention_decode" in dict(bound):
+            unused |= {"norm_rope_store", "attention_decode"}
+        return {f"{op}_{provider}" for op, provider in bound if op not in unused}
+
     def scores(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.logits(self.model.forward(ctx, token_ids))
 
@@ -100,9 +117,10 @@ class Step:
         return (function or self.scores)(self.context, self.token_ids)
 
 
+@pytest.mark.parametrize("fresh", [False, True], ids=["ready heads", "fresh heads"])
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_same_kernels_and_scores(name: str, compiler: str) -> None:
+def test_the_same_kernels_and_scores(name: str, compiler: str, fresh: bool) -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -111,7 +129,9 @@ def test_the_same_kernels_and_scores(name: str, compiler: str) -> None:
         return torch._dynamo.lookup_backend(compiler)(module, examples)
 
     with torch.inference_mode():
-        plain, traced = (Step(CONFIGS[name], selector) for selector in (KernelSelector, TraceableSelector))
+        plain, traced = (
+            Step(CONFIGS[name], selector, fresh=fresh) for selector in (KernelSelector, TraceableSelector)
+        )
         assert traced.kernels == plain.kernels
         eager = plain.run().clone()
         graph = load_platform("cuda").new_graph()
@@ -121,11 +141,7 @@ def test_the_same_kernels_and_scores(name: str, compiler: str) -> None:
         graph.replay()
         compiled = traced.run(torch.compile(traced.scores, backend=watched, fullgraph=True))
         torch.cuda.synchronize()
-        bound = {f"{op}_{provider}" for _, op, provider in plain.kernels}
-        # Every sequence has a single token, and keys of its own.
-        unused = {f"{each.op}_{each.kernel.provider}" for each in plain.attends[1:]}
-        parts = {each for each in bound if each.endswith("_parts")}
-        assert set(kernels_called(graphs[0].graph)) == bound - unused - parts
+        assert set(kernels_called(graphs[0].graph)) == plain.called
         assert torch.equal(recorded, eager)
         accepted = TOLERANCE * float(eager.abs().max())
         assert float((compiled - eager).abs().max()) < accepted

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny_models import LAYOUTS, Layout, SeededWeights, TinyModel, build_over
 
+from lockstep.attention.backend import AttentionSpec
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import KernelError, PlacementError
 from lockstep.core.probe import ProbePoint
+from lockstep.kv.pool.pool import KVShape
 from lockstep.layers import norm
 from lockstep.layers.build import Build
 from lockstep.layers.linear import Part
@@ -133,6 +135,42 @@ def test_a_watched_norm_is_a_kernel_of_its_own(fused_here: None) -> None:
     assert ("rms_norm", "model.layers.1.self_attn.k_norm") in ops
     assert ("norm_rope_store", "model.layers.0.self_attn") in ops
     assert ("norm_rope_store", "model.layers.1.self_attn") not in ops
+    assert build.fresh_signature is None, "one layer's heads take several kernels"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_what_a_kernel_of_fresh_heads_would_read(layout: Layout, fused_here: None) -> None:
+    build = with_preference(
+        build_over(Mesh.solo(), ShapeWeights(), meta=True, dtype=torch.bfloat16), "together"
+    )
+    build.kv_dtype = torch.float16
+    TinyModel(build, layout.config)
+    has_norms = layout.name.startswith(("qwen3", "gemma3"))
+    weight_dtype = torch.float32 if layout.name.startswith("gemma3") else torch.bfloat16
+    assert build.fresh_signature == {
+        "dtype": torch.bfloat16,
+        "pool_dtype": torch.float16,
+        "weight_dtype": weight_dtype if has_norms else None,
+        "heads": layout.num_heads,
+        "kv_heads": layout.num_kv_heads,
+        "head_dim": 8,
+        "page_size": build.page_size,
+        "window": layout.settings.get("sliding_window", 0),
+        "soft_cap": 0.0,
+        "sinks": False,
+    }
+    assert set(build.fresh_signature) == set(contracts()["norm_rope_attention_decode"].signature)
+
+
+def test_heads_in_parts_or_of_several_kinds_are_no_fresh_ones(fused_here: None) -> None:
+    assert on_hopper().fresh_signature is not None
+    assert on_hopper(forced={"rope": "torch"}).fresh_signature is None
+    assert build_over(Mesh.solo(), ShapeWeights(), meta=True).fresh_signature is None
+    build = build_over(Mesh.solo(), ShapeWeights(), meta=True)
+    new_heads = {"dtype": torch.bfloat16, "weight_dtype": None}
+    for num_heads, is_alike in ((4, True), (4, True), (6, False)):
+        build.add_attention(KVShape(2, 8), num_heads, AttentionSpec(1.0), new_heads)
+        assert (build.fresh_signature is not None) is is_alike
 
 
 class OtherRank(ShapeGroup):

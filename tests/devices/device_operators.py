@@ -13,7 +13,13 @@ from lockstep.ops.suite import check, device_with_values, select
 from lockstep.platforms.registry import load_platform
 
 GROUPS = {
-    "attention": ("attention_decode", "attention_decode_shared", "attention_extend", "kv_store"),
+    "attention": (
+        "attention_decode",
+        "attention_decode_shared",
+        "attention_extend",
+        "kv_store",
+        "norm_rope_attention_decode",
+    ),
     "elementwise": ("gelu_and_mul", "rope", "silu_and_mul"),
     "experts": ("fused_moe", "grouped_gemm", "moe_align"),
     "norms": ("add_rms_norm", "layer_norm", "rms_norm", "var_rms_norm"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +15,8 @@ from lockstep.attention.paged_backend import PagedBackend
 from lockstep.attention.table_parts import DecodeTables, ExtendTables
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import kernels
+from lockstep.ops.rms_norm.reference import rms_norm
+from lockstep.ops.rope.reference import rope
 from lockstep.ops.selection import Binding, KernelSelector
 
 
@@ -100,6 +102,22 @@ def decode_shared(*given: Any) -> None:
     decode(q_BNH, k_KPSH, v_KPSH, table_BP, num_keys_B, sinks_N, out_BNH, scale, 0, soft_cap)
 
 
+def fresh_decode(*given: Any) -> None:
+    """norm_rope_attention_decode: new slots are looked up in the tables, where they lie."""
+    heads_BAH, q_weight_H, k_weight_H, eps, cos_BR2, sin_BR2, *rest = given
+    k_KPSH, v_KPSH, table_BP, num_keys_B, *_ = rest
+    num_kv, page_size = k_KPSH.shape[0], k_KPSH.shape[2]
+    last_B = num_keys_B.clamp(min=1).long() - 1
+    page_B = table_BP.gather(1, (last_B // page_size)[:, None])[:, 0]
+    slots_B = torch.where(num_keys_B > 0, page_B * page_size + last_B % page_size, -1)
+    q_BNH, k_BKH, v_BKH = heads_BAH.split([heads_BAH.shape[1] - 2 * num_kv, num_kv, num_kv], dim=1)
+    if q_weight_H is not None:
+        q_BNH, k_BKH = rms_norm(q_BNH, q_weight_H, eps), rms_norm(k_BKH, k_weight_H, eps)
+    q_BNH, k_BKH = (rope(each, cos_BR2, sin_BR2, k_KPSH.dtype) for each in (q_BNH, k_BKH))
+    store(k_BKH, v_BKH, k_KPSH, v_KPSH, slots_B)
+    decode(q_BNH, *rest)
+
+
 class TapeSelector(KernelSelector):
     """Binds as ever, with a store that a tape can hold; `calls` names the bound kernels in the order of their calls."""
 
@@ -119,8 +137,12 @@ class TapeSelector(KernelSelector):
         return replace(binding, kernel=replace(kernel, function=called, asks_host=False))
 
 
-def tape_attention(*, shares: bool = False) -> PagedBackend:
+def tape_attention(*, shares: bool = False, fresh: Callable[..., None] | None = None) -> PagedBackend:
+    """Attention that a tape can hold: `shares`, with a kernel for shared keys; `fresh`, one of fresh heads."""
     extend = next(kernel for kernel in kernels("attention_extend") if kernel.provider == "reference")
     tape = Kernel(op="attention_decode", provider="tape", function=decode)
     shared = Kernel(op="attention_decode_shared", provider="tape", function=decode_shared) if shares else None
-    return PagedBackend(DecodeTables(tape, shared), ExtendTables(extend))
+    at_once = (
+        None if fresh is None else Kernel(op="norm_rope_attention_decode", provider="tape", function=fresh)
+    )
+    return PagedBackend(DecodeTables(tape, shared, at_once), ExtendTables(extend))

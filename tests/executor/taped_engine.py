@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ PARAMS = SamplingParams(temperature=0.0, logprobs=2, seed=0, ignore_eos=True)
 class Engine:
     """`graphs` hold single tokens as a whole, `pieces` everything; the runner uses the ones that are wanted.
 
-    With `shares`, there is a kernel for keys that sequences share.
+    With `shares`, there is a kernel for keys that sequences share; `fresh` is one for heads as their product left them.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Engine:
         with_graphs: bool = False,
         with_pieces: bool = False,
         shares: bool = False,
+        fresh: Callable[..., None] | None = None,
         sampling: SamplingKernels = STOCK,
     ) -> None:
         platform = load_platform("cpu")
@@ -66,7 +67,7 @@ class Engine:
             allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype),
         )
         self.made: list[TapeGraph] = []
-        attention = tape_attention(shares=shares)
+        attention = tape_attention(shares=shares, fresh=fresh)
         last_tokens = LastTokens(MOST_ROWS + 1, HOST)
         memory = GraphMemory(self._new_graph)
         self.recipe = Recipe(

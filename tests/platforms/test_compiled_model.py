@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.loading.sources import RandomWeights, ShapeWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_class
+from lockstep.ops import selection
 from lockstep.ops.library import TraceableSelector, kernels_called
+from lockstep.ops.registry import kernels
 from lockstep.ops.selection import Binding, KernelSelector
 from lockstep.parallel.mesh import Mesh
 from lockstep.platforms.registry import load_platform
@@ -31,6 +33,8 @@ from lockstep.platforms.registry import load_platform
 pytestmark = pytest.mark.suite("cpu", seconds=60)
 
 PAGE_SIZE, NUM_PAGES, NUM_TOKENS = 4, 2, 6
+PROMPT = Span(0, NUM_TOKENS, [1, 0])
+SINGLE_TOKENS = (Span(2, 1, [1]), Span(3, 1, [0]))
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -66,15 +70,23 @@ class Built:
 
     @classmethod
     def on(
-        cls, platform_name: str, config: dict[str, Any], dtype: torch.dtype, selector: type[KernelSelector]
+        cls,
+        platform_name: str,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        selector: type[KernelSelector],
+        attends_by: tuple[str, ...] = (),
     ) -> Built:
         platform = load_platform(platform_name)
         capabilities, device = platform.capabilities(), platform.device()
         kernels = selector(capabilities, platform.kernel_preference)
         build = Build(Mesh.solo(), device, dtype, dtype, RandomWeights(3), kernels, 64, PAGE_SIZE)
         model = model_class(config).make(build, config)
-        preference, signature = platform.attention_preference, build.attention_signature
-        backend, attends = choose_backend("auto", capabilities, preference, signature, selector=selector)
+        preference, fresh = attends_by or platform.attention_preference, build.fresh_signature
+        signature = build.attention_signature
+        backend, attends = choose_backend(
+            "auto", capabilities, preference, signature, fresh_signature=fresh, selector=selector
+        )
         return cls(model, build, backend, attends)
 
     @property
@@ -83,7 +95,7 @@ class Built:
         sites = (*self.build.kernels.bindings, *self.attends)
         return [(each.where, each.op, each.kernel.provider) for each in sites]
 
-    def scores(self, forward: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def scores(self, forward: Callable[..., torch.Tensor], spans: Sequence[Span] = (PROMPT,)) -> torch.Tensor:
         device = self.build.device
         pool = KVPool(
             tuple(self.build.kv_layers),
@@ -92,10 +104,11 @@ class Built:
             dtype=self.build.kv_dtype,
             allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device),
         )
-        rows, spans = torch.arange(NUM_TOKENS, device=device), [Span(0, NUM_TOKENS, [1, 0])]
+        places = [(span, at) for span in spans for at in range(span.start, span.num_kv_tokens)]
+        slots = [span.page_ids[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for span, at in places]
+        rows, slots_T = (torch.tensor(each, device=device) for each in ([at for _, at in places], slots))
         plan = self.attention.plan(spans, page_size=PAGE_SIZE, windows=self.build.windows, device=device)
-        slots = (rows + PAGE_SIZE) % (NUM_PAGES * PAGE_SIZE)
-        return forward(ForwardContext(rows, slots, self.attention, plan, pool), rows).cpu()
+        return forward(ForwardContext(rows, slots_T, self.attention, plan, pool), rows).cpu()
 
     def forward(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.logits(self.model.forward(ctx, token_ids))
@@ -133,6 +146,38 @@ def test_a_model_compiles_in_one_piece(platform: str, name: str, dtype: torch.dt
     if isinstance(traced.attention, TorchBackend):
         del bound["attention_extend_torch"]
     assert called >= bound and set(called) == set(bound)
+
+
+@pytest.mark.parametrize("name", ["llama", "experts"])
+def test_single_tokens_of_fresh_heads_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel makes heads ready, stores and attends, as in an eager step; beside longer spans it does not."""
+    fused = {
+        op: replace(kernels(op)[0], provider="together", platforms=frozenset({"cpu"}))
+        for op in ("norm_rope_store", "norm_rope_attention_decode")
+    }
+    monkeypatch.setattr(
+        selection, "kernels", lambda op: (*kernels(op), fused[op]) if op in fused else kernels(op)
+    )
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(module: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+        graphs.append(module)
+        return aot_eager(module, examples)
+
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        plain, traced = (
+            Built.on("cpu", CONFIGS[name], torch.float32, selector, attends_by=("reference",))
+            for selector in (KernelSelector, TraceableSelector)
+        )
+        for spans in (SINGLE_TOKENS, (SINGLE_TOKENS[0], Span(0, 2, [0]))):
+            compiled = torch.compile(traced.forward, backend=backend, fullgraph=True)
+            assert torch.equal(traced.scores(compiled, spans), plain.scores(plain.forward, spans))
+    alone = f"attention_decode_{traced.attends[0].kernel.provider}"
+    attending = ("norm_rope_attention_decode_together", "norm_rope_store_together", alone)
+    counted = [Counter(kernels_called(module.graph)) for module in graphs]
+    num_layers = SIZES["num_hidden_layers"]
+    assert [[each[op] // num_layers for op in attending] for each in counted] == [[1, 0, 0], [0, 1, 1]]
 
 
 def test_a_whole_decoder_is_bound_alike_and_leaves_nothing_to_compile() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.llm import LLM, Completion
+from lockstep.ops import selection
+from lockstep.ops.contract import Kernel
+from lockstep.ops.registry import kernels
+from lockstep.platforms.sim import SimPlatform
 
 pytestmark = pytest.mark.suite("sim")
 
@@ -73,3 +80,43 @@ def test_mixture_of_experts(tiny_llama: Path, tmp_path: Path) -> None:
     Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **MOE)).save_pretrained(tmp_path)
     shutil.copy(tiny_llama / "tokenizer.json", tmp_path)
     assert_same_answers(tmp_path)
+
+
+@pytest.fixture
+def fused_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """The device has kernels of fused operators, their references, and attention in parts. Counts their calls."""
+    calls: Counter[str] = Counter()
+
+    def together(op: str) -> Kernel:
+        reference = kernels(op)[0]
+
+        def called(*given: Any) -> None:
+            calls[op] += 1
+            reference.function(*given)
+
+        return replace(reference, provider="together", function=called, platforms=frozenset({"sim"}))
+
+    own = {op: (together(op),) for op in ("norm_rope_store", "norm_rope_attention_decode")}
+    monkeypatch.setattr(selection, "kernels", lambda op: (*kernels(op), *own.get(op, ())))
+    monkeypatch.setattr(SimPlatform, "attention_preference", ("reference",))
+    yield calls
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"page_size": 4, "chunked_prefill_size": 9}], ids=["whole", "in chunks"]
+)
+def test_single_tokens_by_one_kernel(
+    options: dict[str, Any], tiny_llama: Path, fused_here: Counter[str]
+) -> None:
+    """Bound by the engine where nothing forces a part; steps with longer spans take the parts."""
+    found, bound = answers(tiny_llama, "sim", **options)
+    assert "together" in bound and min(fused_here.values()) > 0 and len(fused_here) == 2
+    num_steps = fused_here["norm_rope_attention_decode"]
+    fused_here.clear()
+    in_parts = ["norm_rope_attention_decode=reference"]
+    expected, _ = answers(tiny_llama, "sim", force_kernel=in_parts, **options)
+    assert set(fused_here) == {"norm_rope_store"} and fused_here["norm_rope_store"] > num_steps
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert [[found.logprob for found in each.logprobs] for each in found] == [
+        [found.logprob for found in each.logprobs] for each in expected
+    ]

@@ -73,6 +73,7 @@ class RandomDriver:
         self._flying: deque[tuple[StepPlan, StepResult]] = deque()
         self._num_sequences = 0
         self._num_requests = 0
+        self._last_prompt: tuple[int, ...] = ()
         self._bases = [[self.rng.randrange(8) for _ in range(160)] for _ in range(3)]
 
     @property
@@ -120,7 +121,8 @@ class RandomDriver:
     def _traffic(self) -> None:
         roll = self.rng.random()
         if roll < 0.35:
-            self._add()
+            for _ in range(self.rng.choice([1, 1, 1, 2, 3])):
+                self._add()
         elif roll < 0.42 and self._num_requests:
             self._abort(f"r{self.rng.randrange(self._num_requests + 1)}")
         elif roll < 0.43:
@@ -129,8 +131,10 @@ class RandomDriver:
             assert self.scheduler.stats().num_pages_in_use == before.num_pages_in_use
 
     def _prompt(self, longest: int) -> tuple[int, ...]:
-        """Often the beginning of a base, often with a tail of its own."""
+        """Often the beginning of a base, often with a tail of its own; or the last one and a token more."""
         rng = self.rng
+        if rng.random() < 0.2 and len(self._last_prompt) < longest:
+            return (*self._last_prompt, rng.randrange(8))
         length = rng.randint(1, longest if rng.random() < 0.1 else min(longest, 20))
         base = rng.choice(self._bases)
         num_shared = rng.choice([0, length // 2, length])
@@ -153,7 +157,7 @@ class RandomDriver:
             grammar=Grammar("json_object") if self._overlaps and rng.random() < 0.02 else None,
         )
         longest = min(self.limits.context_length - 1, self.limits.num_pages * self.limits.page_size)
-        prompt = self._prompt(longest)
+        prompt = self._last_prompt = self._prompt(longest)
         if max_tokens is not None:
             fitting = min(max_tokens, self._room(prompt))
             params = replace(params, max_tokens=fitting, min_tokens=min(min_tokens, fitting))
@@ -285,6 +289,8 @@ class RandomDriver:
         self.events_seen["recomputed"] += self.executor.num_recomputed_sequences
         self.events_seen["hit tokens"] += self.executor.num_hit_tokens
         self.events_seen["read in their step"] += self.executor.num_pages_read_in_their_step
+        self.events_seen["single steps"] += self.executor.num_single_steps
+        self.events_seen["started beside others"] += self.executor.num_started_beside_others
         self.events_seen["read in flight"] += self.executor.num_pages_read_in_flight
         assert stats.num_host_cached_tokens == self.executor.num_host_hit_tokens
         self.events_seen["host hit tokens"] += stats.num_host_cached_tokens

@@ -1,10 +1,10 @@
 """An executor without a model: it checks every plan against what a real one relies on, and answers at random.
 
-The KV of a token depends on all tokens before it. So the content of a slot is modelled as a hash of the whole
-prefix that ends there, and each slice may run only if the slots before it hold exactly its own sequence's
-hashes. Slices run in the order of their plan, so each may read what earlier ones of the same step write, and nothing
-that comes later. Sharing a wrong page or one that nobody computes, evicting a page in use or one that is not written
-yet, and writing to another's page all show up here.
+The KV of a token depends on all tokens before it. So the content of a slot is modelled as a hash of the whole prefix
+that ends there, and each slice may run only if the slots before it hold exactly its own sequence's hashes. Slices run
+in the order of their plan, so each may read what earlier ones of the same step write, and nothing that comes later;
+where all are of one token, none may read what another writes, whatever the order. Sharing a wrong page or one that
+nobody computes, evicting a page in use or one that is not written yet, and writing to another's page all show up here.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class SimulatedExecutor:
     num_discarded_rows: int = 0
     num_pages_read_in_their_step: int = 0
     num_pages_read_in_flight: int = 0
+    num_single_steps: int = 0
+    num_started_beside_others: int = 0
+    """Steps of single tokens in which sequences began beside others that went on."""
     _slots: dict[int, list[int]] = field(default_factory=dict)
     _host_slots: dict[int, list[int]] = field(default_factory=dict)
     _num_tables_with_page: Counter[int] = field(default_factory=Counter)
@@ -84,11 +87,14 @@ class SimulatedExecutor:
         assert 1 <= plan.num_tokens <= self.limits.chunk_tokens
         assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices)
         starts = {start.seq_id: start for start in plan.started}
+        is_single = all(piece.num_tokens == 1 for piece in plan.slices)
         for piece in plan.slices:
             if piece.seq_id in starts:
                 self._enter(starts.pop(piece.seq_id), plan.step_id)
             self._prepare(piece)
             self._write(piece, plan.step_id)
+        if is_single:
+            self._require_apart(plan)
         assert not starts, "a sequence started without a slice"
         assert all(self._has_all(seq_id) for seq_id in set(self.live) - {piece.seq_id for piece in plan.slices})
         assert len(self.live) <= self.limits.max_running_requests
@@ -188,6 +194,22 @@ class SimulatedExecutor:
             expected = live.prefix_hashes[first : min(first + size, piece.start)]
             written = self._slots.get(page_id, [])[: len(expected)]
             assert written == expected, f"page {page_id} does not hold tokens {first}.. of {piece}"
+
+    def _require_apart(self, plan: StepPlan) -> None:
+        """Rows of single tokens may run in any order: the slot that one writes is read by no other."""
+        size = self.limits.page_size
+        written = {
+            (self.live[piece.seq_id].page_ids[piece.start // size], piece.start % size): piece.seq_id
+            for piece in plan.slices
+        }
+        assert len(written) == len(plan.slices), "two rows write to one slot"
+        for piece in plan.slices:
+            page_ids = self.live[piece.seq_id].page_ids
+            for position in range(piece.start):
+                slot = (page_ids[position // size], position % size)
+                assert slot not in written, f"{piece} reads what sequence {written[slot]} writes beside it"
+        self.num_single_steps += 1
+        self.num_started_beside_others += bool(plan.started) and len(plan.slices) > len(plan.started)
 
     def _give(self, live: LiveSequence, page_id: int) -> None:
         """One more page for a sequence: with what came back from the host, or empty."""

@@ -47,6 +47,8 @@ MUST_HAPPEN = (
     "preemptions",
     "queue full",
     "recomputed",
+    "single steps",
+    "started beside others",
     "stop",
     "traffic in flight",
 )
@@ -138,6 +140,17 @@ def _share_what_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
         commit(self, table, token_ids, min(num_computed + self.page_size, len(token_ids)))
 
     monkeypatch.setattr(PageIndex, "commit", mutant)
+
+
+def _share_what_one_token_fills_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is admitted to the same plan starts from a page that a slice of one token fills."""
+    add = Scheduler._add
+
+    def mutant(self: Scheduler, *given: Any) -> None:
+        add(self, *given)
+        self._share_late()
+
+    monkeypatch.setattr(Scheduler, "_add", mutant)
 
 
 def _let_others_start_from_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +270,7 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     _go_on_after_a_stop,
     _go_on_after_the_last,
     _share_what_is_not_planned,
+    _share_what_one_token_fills_at_once,
     _let_others_start_from_what_failed,
     _plan_without_a_slot,
 ]

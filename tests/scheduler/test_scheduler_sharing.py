@@ -39,6 +39,36 @@ def test_a_prefix_is_shared_by_those_who_arrive_with_it() -> None:
     assert scheduler.stats().num_cached_tokens == 48 and scheduler.stats().num_pages_in_use == 8
 
 
+@pytest.mark.parametrize("max_plans_in_flight", [1, 2])
+def test_what_one_token_fills_is_shared_from_the_next_plan_on(max_plans_in_flight: int) -> None:
+    """In a step of single tokens nobody may read what another row stores."""
+    scheduler = Scheduler(limits(chunk_tokens=7, max_plans_in_flight=max_plans_in_flight))
+    scheduler.add(request("a", range(8)))
+    assert rows(step(scheduler)[0]) == [(0, 0, 7, False)]
+    scheduler.add(request("b", (*range(8), 91)))
+    scheduler.add(request("c", (*range(4), 92)))
+    beside, _ = step(scheduler)
+    # All but the page that the first one fills just now, which the second computes for itself.
+    assert rows(beside) == [(0, 7, 1, True), (1, 4, 5, True), (2, 4, 1, True)]
+    scheduler.add(request("d", (*range(8), 93)))
+    later, _ = step(scheduler)
+    assert rows(later)[-1] == (3, 8, 1, True)
+    assert later.started[0].page_ids[:1] == beside.started[0].page_ids[:1]
+    finish_all(scheduler)
+
+
+def test_who_ended_before_the_next_plan_shares_what_has_landed() -> None:
+    scheduler = Scheduler(limits(chunk_tokens=7, max_plans_in_flight=2))
+    scheduler.add(request("a", range(8)))
+    step(scheduler)
+    flying = ahead(scheduler)
+    scheduler.abort("a")
+    scheduler.add(request("b", (*range(8), 91)))
+    assert rows(ahead(scheduler)) == [(1, 4, 5, True)]
+    scheduler.update(answer(flying))
+    scheduler.check()
+
+
 def test_a_prefix_in_flight_is_shared() -> None:
     scheduler = Scheduler(limits(max_plans_in_flight=2))
     scheduler.add(request("a", range(17)))

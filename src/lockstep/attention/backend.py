@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
 
 
@@ -37,6 +38,23 @@ class AttentionSpec:
     sinks_N: torch.Tensor | None = None
 
 
+class FreshHeads(NamedTuple):
+    """Heads [T, A, H] of new tokens (query, then key, then value heads) as their product gave them, and what makes
+    them ready: the weights of their norms, None for no norm, and the angles [T, H / 2] of their rotation."""
+
+    heads_TAH: torch.Tensor
+    q_weight_H: torch.Tensor | None
+    k_weight_H: torch.Tensor | None
+    eps: float
+    cos_TR2: torch.Tensor
+    sin_TR2: torch.Tensor
+
+    def leading(self, num_rows: int) -> FreshHeads:
+        """The heads of the first so many tokens."""
+        norms = (self.q_weight_H, self.k_weight_H, self.eps)
+        return FreshHeads(self.heads_TAH[:num_rows], *norms, self.cos_TR2[:num_rows], self.sin_TR2[:num_rows])
+
+
 class AttentionBackend(ABC):
     """Plans a step once on the host, then serves every layer of it. `name` is its provider's."""
 
@@ -60,3 +78,14 @@ class AttentionBackend(ABC):
     ) -> None:
         """The same, written to `out_TNH`."""
         out_TNH.copy_(self.run(plan, q_TNH, kv, spec))
+
+    def takes_fresh(self, plan: Any) -> bool:
+        """True when every layer of this plan is to be computed by `run_fresh`."""
+        return False
+
+    def run_fresh(self, plan: Any, fresh: FreshHeads, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+        """out [T, N, H] in the pool's dtype, for one layer whose new keys and values are stored on the way.
+
+        Raises KernelError where `takes_fresh` is False for every plan.
+        """
+        raise KernelError(f"attention by {self.name} takes heads that are ready")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.cudnn_parts import CudnnPart
@@ -20,6 +21,7 @@ from lockstep.ops.selection import Binding, KernelSelector, unmet_need
 
 OPERATORS = ("attention_decode", "attention_extend")
 _SHARED = "attention_decode_shared"
+_FRESH = "norm_rope_attention_decode"
 
 # Providers whose kernels share more of a step than page tables: both operators together, or each on its own.
 _PLANNED: Mapping[str, type[AttentionBackend]] = {"torch": TorchBackend}
@@ -41,16 +43,19 @@ def choose_backend(
     forced: Mapping[str, str] | None = None,
     strict: bool = False,
     compile_ahead: bool = False,
+    fresh_signature: Signature | None = None,
+    measured_in: Path | None = None,
     selector: type[KernelSelector] = KernelSelector,
 ) -> tuple[AttentionBackend, tuple[Binding, ...]]:
     """The backend of the named provider, or with "auto" of the best ones; and what was bound, why. Where decoding
-    follows page tables, a kernel of attention_decode_shared is bound beside it, if there is one for this platform.
+    follows page tables, a kernel of attention_decode_shared is bound beside it, if there is one for this platform, and
+    one of norm_rope_attention_decode of `fresh_signature`, which is None where no kernel could serve every layer.
 
     `preference`, `forced` and `strict` are KernelSelector's; `extend_preference` orders the providers of
     attention_extend where its best are others. With `compile_ahead`, a kernel that would serve if it were compiled is
-    compiled first, for minutes, once for a machine; where it cannot be, it says so. `selector` binds, as it does the
-    other operators. Raises ConfigError for an unknown name or when the named provider refuses, KernelError as
-    KernelSelector does.
+    compiled first, for minutes, once for a machine; where it cannot be, it says so. `measured_in` is KernelSelector's,
+    for what is bound beside decoding. `selector` binds, as it does the other operators. Raises ConfigError for an
+    unknown name or when the named provider refuses, KernelError as KernelSelector does.
     """
     named = name != "auto"
     if named:
@@ -70,10 +75,13 @@ def choose_backend(
         return planned(), tuple(bindings)
     own_part = _PARTS.get((decode.op, decode.provider))
     if own_part is None:
-        choosing = selector(capabilities, orders[0][1], only=named, forced=forced)
-        together = choosing.bind_fused(_SHARED, "every layer", signature)
+        order = orders[0][1]
+        choosing = selector(capabilities, order, only=named, forced=forced, measured_in=measured_in)
+        shared = choosing.bind_fused(_SHARED, "every layer", signature)
+        fresh = choosing.bind_fused(_FRESH, "every layer", fresh_signature) if fresh_signature else None
         bindings += choosing.bindings
-        decode_part: AttentionPart = DecodeTables(decode, together.kernel if together else None)
+        beside = (None if binding is None else binding.kernel for binding in (shared, fresh))
+        decode_part: AttentionPart = DecodeTables(decode, *beside)
     else:
         decode_part = own_part(decode)
     extend_part = _PARTS.get((extend.op, extend.provider), ExtendTables)(extend)

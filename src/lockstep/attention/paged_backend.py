@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
+from lockstep.attention.backend import AttentionBackend, AttentionSpec, FreshHeads, Span
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.sharing import Sharing, most_tiles
 from lockstep.attention.spans import Spans, Stage
@@ -214,6 +214,19 @@ class PagedBackend(AttentionBackend):
             self._extend.run(plan.extend, q_TNH[first:], kv, spec, out_TNH[first:])
         elif first < q_TNH.shape[0]:
             out_TNH[first:].zero_()
+
+    def takes_fresh(self, plan: PagedPlan) -> bool:
+        return plan.decode is not None and plan.extend is None and self._decode.takes_fresh(plan.decode)
+
+    def run_fresh(self, plan: PagedPlan, fresh: FreshHeads, kv: LayerKV, spec: AttentionSpec) -> torch.Tensor:
+        num_rows, num_heads, head_dim = fresh.heads_TAH.shape
+        size = (num_rows, num_heads - 2 * kv.k_NPSH.shape[0], head_dim)
+        out_TNH = fresh.heads_TAH.new_empty(size, dtype=kv.k_NPSH.dtype)
+        first = plan.num_decode_rows
+        self._decode.run_fresh(plan.decode, fresh.leading(first), kv, spec, out_TNH[:first])
+        if first < num_rows:
+            out_TNH[first:].zero_()
+        return out_TNH
 
 
 def _aligned(count: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lockstep.attention.backend import AttentionSpec, Span
+from lockstep.attention.backend import AttentionSpec, FreshHeads, Span
 from lockstep.attention.spans import Spans
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
@@ -42,6 +42,19 @@ class AttentionPart(ABC):
     def shares_keys(self, spans: Spans) -> bool:
         """True when these single tokens have so many keys in common that a plan that `shares` is the better one."""
         return False
+
+    def takes_fresh(self, plan: Any) -> bool:
+        """True when `run_fresh` computes these single tokens, of which none sees what another one stores."""
+        return False
+
+    def run_fresh(
+        self, plan: Any, fresh: FreshHeads, kv: LayerKV, spec: AttentionSpec, out_TNH: torch.Tensor
+    ) -> None:
+        """What `run` computes, from heads that it makes ready, with keys and values that it stores.
+
+        Raises KernelError where `takes_fresh` is False for every plan.
+        """
+        raise KernelError(f"attention by {self.provider} takes heads that are ready")
 
     def fixed_plan(
         self, num_keys_T: torch.Tensor, *, num_pages: int, page_size: int, shares: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lockstep.attention.backend import AttentionSpec, Span
+from lockstep.attention.backend import AttentionSpec, FreshHeads, Span
 from lockstep.attention.paged_backend import FixedTables, PageTables
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.sharing import Sharing, SharingFinder
@@ -36,11 +36,13 @@ class _TablePart(AttentionPart):
 
 class DecodeTables(_TablePart):
     """A kernel of attention_decode, over page tables. `shared`: one of attention_decode_shared, for steps whose
-    sequences have many leading keys in common."""
+    sequences have many leading keys in common. `fresh`: one of norm_rope_attention_decode, for all other steps of
+    nothing but single tokens."""
 
-    def __init__(self, kernel: Kernel, shared: Kernel | None = None) -> None:
+    def __init__(self, kernel: Kernel, shared: Kernel | None = None, fresh: Kernel | None = None) -> None:
         super().__init__(kernel)
         self._shared = shared
+        self._fresh = fresh
         self._finder = SharingFinder()
 
     def plan(self, spans: Sequence[Span], *, page_size: int, device: torch.device) -> PageTables:
@@ -76,8 +78,25 @@ class DecodeTables(_TablePart):
             shared = (plan.shared.shared_keys_B, plan.shared.tiles_TR)
             self._shared.function(*given, *shared, spec.sinks_N, out_TNH, spec.scale, spec.soft_cap)
 
+    def takes_fresh(self, plan: PageTables | FixedTables) -> bool:
+        return self._fresh is not None and plan.shared is None
+
+    def run_fresh(
+        self,
+        plan: PageTables | FixedTables,
+        fresh: FreshHeads,
+        kv: LayerKV,
+        spec: AttentionSpec,
+        out_TNH: torch.Tensor,
+    ) -> None:
+        if self._fresh is None:
+            return super().run_fresh(plan, fresh, kv, spec, out_TNH)
+        where = (kv.k_NPSH, kv.v_NPSH, plan.page_table_BP, plan.num_keys_B)
+        how = (spec.scale, spec.window, spec.soft_cap)
+        self._fresh.function(*fresh, *where, spec.sinks_N, out_TNH, *how)
+
     def _kernels(self) -> Sequence[Kernel]:
-        return (self._kernel,) if self._shared is None else (self._kernel, self._shared)
+        return [kernel for kernel in (self._kernel, self._shared, self._fresh) if kernel is not None]
 
     def _sharing(self, spans: Spans) -> Sharing | None:
         return None if self._shared is None else self._finder.of(spans)

@@ -101,7 +101,7 @@ def experts_of(config: Mapping[str, Any], *, tp: int, ep: int, name: str) -> Pro
 
 
 def _require_kernel(platform: Platform) -> None:
-    kernel = next(kernel for kernel in kernels(CONTRACT.name) if kernel.with_measured is not None)
+    kernel = next(kernel for kernel in kernels(CONTRACT.name) if kernel.provider == "triton")
     reason = unmet_need(kernel, platform.capabilities())
     if reason is not None:
         raise KernelError(

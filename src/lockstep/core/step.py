@@ -25,8 +25,8 @@ class SequenceStart:
 
     `token_ids` are all known tokens: prompt, then what was generated before a preemption. The first
     `num_cached_tokens` have KV in `page_ids` (whole pages, shared, never written by this sequence), or get it from
-    slices before its own in the same plan; where those are fewer, the first of the slice's new pages get the rest by
-    the plan's page copies.
+    slices before its own in the same plan, of several tokens each; where those are fewer, the first of the slice's new
+    pages get the rest by the plan's page copies.
     """
 
     seq_id: int
@@ -69,7 +69,7 @@ class StepPlan:
 
     `page_copies` are made before it too, as if one after the other: a page may be copied from and then to. In each
     layer, the keys and values of all rows are stored before any row attends: slices may read pages that earlier ones
-    write.
+    write. Where all are of one token, none does: each may attend as soon as its own key and value are stored.
 
     A slice is one kind of work; diffusion stages will be another field here, so a scheduler budget counts
     work, not tokens alone. `must_land`: what may follow a token of this step is decided on the host (a grammar), so no

@@ -210,6 +210,8 @@ def bind_attention(
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
         compile_ahead=compile_ahead,
+        fresh_signature=build.fresh_signature,
+        measured_in=config.kernels.measured_in,
         selector=type(build.kernels),
     )
 

@@ -35,6 +35,7 @@ _NOT_ASKED = (
     "attention_decode",
     "attention_decode_shared",
     "attention_extend",
+    "norm_rope_attention_decode",
     "argmax",
     "top_k_top_p_sample",
     "decoder_forward",

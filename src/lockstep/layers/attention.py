@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lockstep.attention.backend import AttentionSpec
+from lockstep.attention.backend import AttentionSpec, FreshHeads
 from lockstep.core.errors import ConfigError
 from lockstep.kv.pool.pool import KVShape
 from lockstep.layers.build import Build, ForwardContext
@@ -15,6 +15,7 @@ from lockstep.layers.heads import CosSin, NewHeads
 from lockstep.layers.linear import TP, Part, RowParallelLinear, share
 from lockstep.layers.norm import NormSpec
 from lockstep.layers.normed_linear import NormedLinear, Update
+from lockstep.ops.contract import Signature
 from lockstep.ops.decoder_forward.outline import AttentionOutline, NormOutline
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.placement import Partial, Sharded, expect_sharded
@@ -48,18 +49,33 @@ def head_parts(
 
 
 class Attention:
-    """Attends to what is in the pool, with the backend bound for the step. `layer` is its number there."""
+    """Attends to what is in the pool, with the backend bound for the step. `layer` is its number there.
+
+    `new_heads` as in Build.add_attention.
+    """
 
     def __init__(
-        self, build: Build, where: str, heads: tuple[int, int], head_dim: int, spec: AttentionSpec
+        self,
+        build: Build,
+        where: str,
+        heads: tuple[int, int],
+        head_dim: int,
+        spec: AttentionSpec,
+        new_heads: Signature | None = None,
     ) -> None:
         num_heads, num_kv_heads = heads
         self.spec = spec
-        self.layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec)
+        self.layer = build.add_attention(KVShape(num_kv_heads, head_dim), num_heads, spec, new_heads)
         self._point = build.point(where, ("token", "head", "head_dim"), "sharded:tp:1")
 
     def __call__(self, ctx: ForwardContext, q_TNH: torch.Tensor) -> torch.Tensor:
-        out_TNH = ctx.attention.run(ctx.plan, q_TNH, ctx.kv.layer(self.layer), self.spec)
+        return self._seen(ctx.attention.run(ctx.plan, q_TNH, ctx.kv.layer(self.layer), self.spec))
+
+    def of_fresh(self, ctx: ForwardContext, fresh: FreshHeads) -> torch.Tensor:
+        """Makes new heads ready, stores keys and values and attends, where the backend takes them so."""
+        return self._seen(ctx.attention.run_fresh(ctx.plan, fresh, ctx.kv.layer(self.layer), self.spec))
+
+    def _seen(self, out_TNH: torch.Tensor) -> torch.Tensor:
         if self._point is not None:
             self._point(out_TNH)
         return out_TNH
@@ -110,7 +126,7 @@ class SelfAttention:
             like_norm = (head_dim, norm.eps, norm.stored_minus_one)
             norms = (NormSpec(f"{where}.q_norm", *like_norm), NormSpec(f"{where}.k_norm", *like_norm))
         self._new_heads = NewHeads(build, where, *heads, head_dim, norms)
-        self._attention = Attention(build, where, heads, head_dim, spec)
+        self._attention = Attention(build, where, heads, head_dim, spec, self._new_heads.signature)
 
     def outline(self, rope: int) -> tuple[NormOutline, AttentionOutline]:
         """Its norm, and what follows with rotation number `rope`, for a kernel of a whole decoder."""
@@ -132,7 +148,10 @@ class SelfAttention:
         qkv, residual_TD = self._qkv(update, residual_TD)
         packed = expect_sharded(qkv, self._axis, self.where)
         heads_TAH = packed.view(packed.shape[0], -1, self._head_dim)
-        kv = ctx.kv.layer(self._attention.layer)
-        out_TNH = self._attention(ctx, self._new_heads(heads_TAH, cos_sin, kv, ctx.slots_T))
+        if ctx.attention.takes_fresh(ctx.plan):
+            out_TNH = self._attention.of_fresh(ctx, self._new_heads.fresh(heads_TAH, cos_sin))
+        else:
+            kv = ctx.kv.layer(self._attention.layer)
+            out_TNH = self._attention(ctx, self._new_heads(heads_TAH, cos_sin, kv, ctx.slots_T))
         merged = out_TNH.flatten(1).to(self._dtype)
         return self._out(Sharded(merged, self._axis, -1, self.where)), residual_TD

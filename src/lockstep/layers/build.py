@@ -98,6 +98,7 @@ class Build:
     kv_layers: list[KVShape] = field(default_factory=list)
     windows: list[int] = field(default_factory=list)
     attention_signature: dict[str, Any] = field(default_factory=dict)
+    new_heads: list[Signature | None] = field(default_factory=list)
     shared: dict[Any, Any] = field(default_factory=dict)
     left_to_others: set[str] = field(default_factory=set)
     weight_bytes: int = 0
@@ -160,23 +161,39 @@ class Build:
         probe, point = self.probe, ProbePoint(name, axes, placement)
         return (lambda value: probe.record(point, value)) if probe.wants(point) else None
 
-    def add_attention(self, shape: KVShape, num_heads: int, spec: AttentionSpec) -> int:
-        """Registers a layer that attends; its number in the KV pool."""
+    def add_attention(
+        self, shape: KVShape, num_heads: int, spec: AttentionSpec, new_heads: Signature | None = None
+    ) -> int:
+        """Registers a layer that attends; its number in the KV pool.
+
+        `new_heads`: "dtype" and "weight_dtype" of heads that one kernel makes ready; None where several do.
+        """
         self.kv_layers.append(shape)
         if spec.window not in self.windows:
             self.windows.append(spec.window)
+        sizes = {"head_dim": shape.head_dim, "heads": num_heads, "kv_heads": shape.num_kv_heads}
+        self.new_heads.append(None if new_heads is None else {**new_heads, **sizes})
         self.attention_signature = {
             "dtype": self.kv_dtype,
             "pool_dtype": self.kv_dtype,
-            "head_dim": shape.head_dim,
-            "heads": num_heads,
-            "kv_heads": shape.num_kv_heads,
+            **sizes,
             "page_size": self.page_size,
             "window": max(spec.window, self.attention_signature.get("window", 0)),
             "soft_cap": max(spec.soft_cap, self.attention_signature.get("soft_cap", 0.0)),
             "sinks": spec.sinks_N is not None or self.attention_signature.get("sinks", False),
         }
         return len(self.kv_layers) - 1
+
+    @property
+    def fresh_signature(self) -> Signature | None:
+        """Of norm_rope_attention_decode, for a kernel that serves every registered layer; None where none can.
+
+        One kernel has to make new heads ready in each of them, and of heads of one kind.
+        """
+        first = self.new_heads[0] if self.new_heads else None
+        if first is None or any(kind != first for kind in self.new_heads):
+            return None
+        return {**self.attention_signature, **first}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import torch
 
+from lockstep.attention.backend import FreshHeads
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.layers.build import Build
 from lockstep.layers.norm import NormSpec, RMSNorm
+from lockstep.ops.contract import Signature
 from lockstep.ops.decoder_forward.outline import NormOutline
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
@@ -25,7 +27,8 @@ class NewHeads:
     """Normalises (where the model does) and rotates query and key heads, and stores keys and values in the pool.
 
     Gives the query heads [T, N, H], ready to attend. Heads leave in the pool's dtype: on processors that is float32,
-    which attends faster and rounds less. By one kernel where there is one and no probe watches the norms.
+    which attends faster and rounds less. By one kernel where there is one and no probe watches the norms: `signature`
+    then says what it reads, and is None elsewhere.
     """
 
     def __init__(
@@ -37,20 +40,22 @@ class NewHeads:
         head_dim: int,
         norms: HeadNorms | None,
     ) -> None:
-        fused = None
+        fused, weight_dtype = None, None if norms is None else norms[0].dtype(build)
         if norms is None or not any(norm.is_watched(build) for norm in norms):
             fused = build.bind_fused(
                 "norm_rope_store",
                 where,
                 pool_dtype=build.kv_dtype,
-                weight_dtype=None if norms is None else norms[0].dtype(build),
+                weight_dtype=weight_dtype,
                 heads=num_heads,
                 kv_heads=num_kv_heads,
                 head_dim=head_dim,
                 page_size=build.page_size,
             )
+        self.signature: Signature | None = None
         self._run: _FusedHeads | _HeadsInParts
         if fused is not None:
+            self.signature = {"dtype": build.dtype, "weight_dtype": weight_dtype}
             self._run = _FusedHeads(build, num_heads, fused.function, norms)
         else:
             self._run = _HeadsInParts(build, where, num_kv_heads, head_dim, norms)
@@ -59,6 +64,13 @@ class NewHeads:
         self, heads_TAH: torch.Tensor, cos_sin: CosSin, kv: LayerKV, slots_T: torch.Tensor
     ) -> torch.Tensor:
         return self._run(heads_TAH, cos_sin, kv, slots_T)
+
+    def fresh(self, heads_TAH: torch.Tensor, cos_sin: CosSin) -> FreshHeads:
+        """The heads as they are, for attention that makes them ready itself."""
+        q_norm, k_norm = self.outline()
+        if q_norm is None or k_norm is None:
+            return FreshHeads(heads_TAH, None, None, 0.0, *cos_sin)
+        return FreshHeads(heads_TAH, q_norm.weight, k_norm.weight, q_norm.eps, *cos_sin)
 
     def outline(self) -> tuple[NormOutline | None, NormOutline | None]:
         """The norms of query and key heads, for a kernel of a whole decoder."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,13 @@ from lockstep.core.errors import KernelError
 
 _FOLDER = "compiled"
 _DIGEST_BYTES = 32
+_HOPPER_PARTS = Path(__file__).with_name("hopper_parts.cu")
+
+
+def hopper_source(facts: Mapping[str, int], *texts: str) -> str:
+    """CUDA C++ for a Hopper: what is set, what such kernels have in common, and the texts of one."""
+    lines = [f"#define {name} {value}" for name, value in facts.items()]
+    return "\n".join([*lines, _HOPPER_PARTS.read_text(), *texts])
 
 
 class Launch(NamedTuple):

@@ -9,12 +9,14 @@ brings. A sequence whose result says that it has ended may be in a later plan al
 free for others at once, for steps run one after the other. Requests may come and be aborted at any time.
 
 Full pages of a prompt are shared once they are planned: who is admitted later, even to the same plan, starts from them.
-For steps run in order, and within one every layer stores the keys and values of all rows before any row attends. What
-becomes of the writer changes nothing, since its step runs anyway: aborted or preempted, it leaves pages that hold what
-their tokens say. So it does after an error, which is about scores or a grammar; but numbers that went bad may have gone
-bad in its pages. What a sequence computed until it failed is withdrawn, so that nobody starts from it any more and a
-next try computes it anew. Those who had started from it go on: bad numbers would show in their scores too. Generated
-tokens are cached when their sequence leaves, as far as their results have come.
+For steps run in order, and within one every layer stores the keys and values of all rows before any row attends. But in
+a step of single tokens each row may store its own and attend at once, so no row may read what another one stores: a
+page that a slice of one token fills is shared from the next plan on. What becomes of the writer changes nothing, since
+its step runs anyway: aborted or preempted, it leaves pages that hold what their tokens say. So it does after an error,
+which is about scores or a grammar; but numbers that went bad may have gone bad in its pages. What a sequence computed
+until it failed is withdrawn, so that nobody starts from it any more and a next try computes it anew. Those who had
+started from it go on: bad numbers would show in their scores too. Generated tokens are cached when their sequence
+leaves, as far as their results have come.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class Scheduler:
         self._totals = Totals()
         self._num_sequences = 0
         self._in_flight: deque[_InFlight] = deque()
+        self._unshared: list[Sequence] = []
+        """Those whose prompt the last plan went on with by one token, whose page is to be shared."""
 
     @property
     def has_work(self) -> bool:
@@ -110,6 +114,7 @@ class Scheduler:
         Raises IntegrityError while as many results are awaited as may be, or the last plan `must_land`.
         """
         self._require_turn()
+        self._share_late()
         batch = Batch(self.limits.chunk_tokens)
         preempted = self._continue_running(batch)
         if not preempted:
@@ -241,15 +246,28 @@ class Scheduler:
             self._add(batch, sequence, min(sequence.num_owed, batch.rows_left), new_page_ids)
 
     def _add(self, batch: Batch, sequence: Sequence, num_rows: int, new_page_ids: tuple[int, ...]) -> None:
-        """Plans rows and shares the pages of a prompt that they fill. At its end the siblings may come and use them."""
+        """Plans rows and shares the pages of a prompt that they fill, now or late. At its end the siblings may come."""
         batch.add(sequence, num_rows, new_page_ids)
         if not sequence.prefilling:
             return
-        assert sequence.table is not None
-        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+        if num_rows == 1:
+            self._unshared.append(sequence)
+        else:
+            self._share(sequence)
         if sequence.num_computed == len(sequence.token_ids):
             sequence.prefilling = False
             self._roster.unhold(sequence.group)
+
+    def _share(self, sequence: Sequence) -> None:
+        assert sequence.table is not None
+        self._pages.commit(sequence.table, sequence.token_ids, sequence.num_computed)
+
+    def _share_late(self) -> None:
+        """Shares what the last plan could not, of the sequences that still run."""
+        for sequence in self._unshared:
+            if sequence.table is not None:
+                self._share(sequence)
+        self._unshared.clear()
 
     def _require_turn(self) -> None:
         if not self._in_flight:

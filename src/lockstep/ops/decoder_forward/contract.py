@@ -142,6 +142,7 @@ CONTRACT = Contract(
         "silu_and_mul",
         "gelu_and_mul",
         "norm_rope_store",
+        "norm_rope_attention_decode",
         "add_norm_linear",
     ),
 )

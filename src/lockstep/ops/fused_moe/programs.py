@@ -5,7 +5,9 @@ Shapes: T tokens, D model, E experts, F inner width, K experts of each token, P 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import triton
@@ -16,6 +18,9 @@ from lockstep.ops.fused_moe.plans import Plan, Problem, plan_of
 from lockstep.ops.grouped_gemm.programs import grouped_product, product_by_tokens
 from lockstep.ops.grouped_gemm.tiles import Tile, facts_of
 from lockstep.ops.moe_align.programs import align
+
+DownOfPairs: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Tile], torch.Tensor]
+"""The second product of the way "pairs", as `down_of_pairs` is: submitted right behind the first one."""
 
 
 @triton.jit
@@ -172,6 +177,28 @@ def _sum_choices(
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
 
+def down_of_pairs(
+    inner_PF: torch.Tensor, down_EDF: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, tile: Tile
+) -> torch.Tensor:
+    """Each token's experts' outputs [T, D], weighted and added in float32 in the order of the choices."""
+    _, width, inner = down_EDF.shape
+    num_tokens, top_k = ids_TK.shape
+    out_TD = inner_PF.new_empty(num_tokens, width)
+    _weighted_down[(num_tokens, triton.cdiv(width, tile.outputs))](
+        inner_PF,
+        down_EDF,
+        weights_TK,
+        ids_TK,
+        out_TD,
+        width,
+        *down_EDF.stride(),
+        *ids_TK.stride(),
+        TOP_K=top_k,
+        **_constants(tile, inner),
+    )
+    return out_TD
+
+
 def mix_experts(
     hidden_TD: torch.Tensor,
     gate_up_E2FD: torch.Tensor,
@@ -179,6 +206,7 @@ def mix_experts(
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     measured_in: Path | None = None,
+    down: DownOfPairs = down_of_pairs,
 ) -> torch.Tensor:
     """See the contract. `measured_in` holds the plans that were measured on this machine."""
     if hidden_TD.shape[0] == 0:
@@ -187,7 +215,7 @@ def mix_experts(
     num_tokens, top_k = ids_TK.shape
     problem = Problem(num_tokens, num_experts, top_k, width, inner, hidden_TD.itemsize)
     plan = plan_of(problem, facts_of(hidden_TD.device), measured_in)
-    return mix_as_planned(plan, hidden_TD, gate_up_E2FD, down_EDF, weights_TK, ids_TK)
+    return mix_as_planned(plan, hidden_TD, gate_up_E2FD, down_EDF, weights_TK, ids_TK, down)
 
 
 def mix_as_planned(
@@ -197,13 +225,14 @@ def mix_as_planned(
     down_EDF: torch.Tensor,
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
+    down: DownOfPairs = down_of_pairs,
 ) -> torch.Tensor:
     """See the contract: computed as the plan says, for one token at least."""
     inner_PF = hidden_TD.new_empty(ids_TK.numel(), down_EDF.shape[2])
     weights_TK = weights_TK.contiguous()
     if plan.way == "pairs":
         _gate_and_up_of_pairs(hidden_TD, gate_up_E2FD, ids_TK, inner_PF, plan.up)
-        return _down_of_pairs(inner_PF, down_EDF, weights_TK, ids_TK, plan.down)
+        return down(inner_PF, down_EDF, weights_TK, ids_TK, plan.down)
     terms_PD = hidden_TD.new_empty(ids_TK.numel(), hidden_TD.shape[1])
     top_k = ids_TK.shape[1]
     if plan.way == "tokens":
@@ -236,27 +265,6 @@ def _gate_and_up_of_pairs(
         TOP_K=ids_TK.shape[1],
         **_constants(tile, hidden_TD.shape[1]),
     )
-
-
-def _down_of_pairs(
-    inner_PF: torch.Tensor, down_EDF: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, tile: Tile
-) -> torch.Tensor:
-    _, width, inner = down_EDF.shape
-    num_tokens, top_k = ids_TK.shape
-    out_TD = inner_PF.new_empty(num_tokens, width)
-    _weighted_down[(num_tokens, triton.cdiv(width, tile.outputs))](
-        inner_PF,
-        down_EDF,
-        weights_TK,
-        ids_TK,
-        out_TD,
-        width,
-        *down_EDF.stride(),
-        *ids_TK.stride(),
-        TOP_K=top_k,
-        **_constants(tile, inner),
-    )
-    return out_TD
 
 
 def _constants(tile: Tile, inputs: int) -> dict[str, int]:

@@ -5,18 +5,10 @@
 // first blocks are copied before the kernel's predecessor has ended. Thread blocks of a cluster share the inputs of
 // their outputs (SPLITS) and add up what they have, in their order.
 //
-// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, HALF (float16 instead
-// of bfloat16), RESULT_ROWS, REGISTERS of a thread that multiplies and COPY_REGISTERS of others (0: all have as many), and
-// MULTIPLY, the instruction for 64 outputs, ROWS rows and 16 inputs.
-// Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions", "cp.async.bulk.tensor", "mbarrier".
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
+// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, HALF, RESULT_ROWS, REGISTERS of a
+// thread that multiplies and COPY_REGISTERS of others (0: all have as many), and MULTIPLY, the instruction for 64
+// outputs, ROWS rows and 16 inputs.
+// Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 
 constexpr u32 OUTPUTS = 64 * WARPGROUPS;
 constexpr u32 BLOCK = 64;                // inputs of a stage: a line of shared memory as it is swizzled
@@ -34,58 +26,6 @@ constexpr u32 PITCH = 2 * WIDTH + 16;            // bytes between rows of result
 constexpr u32 RESULT_BYTES = RESULT_ROWS * PITCH;       // of one warpgroup
 constexpr u32 SUM_BYTES = SPLITS > 1 ? OUTPUTS * TOKENS * 4 : 0;
 constexpr u32 RESULTS = STAGES * STAGE_BYTES > SUM_BYTES ? STAGES * STAGE_BYTES : SUM_BYTES;  // where they lie
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// All threads of the cluster are here, and what each wrote to shared memory can be read by all.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same, of barriers alone: what else was written may not be seen yet.
-__device__ __forceinline__ void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// The same place of shared memory in another thread block of the cluster.
-__device__ __forceinline__ u32 place_in(u32 address, u32 rank) {
-    u32 place;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(place) : "r"(address), "r"(rank));
-    return place;
-}
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    u32 is_done = 0;
-    while (!is_done) {
-        asm volatile(
-            "{\n\t.reg .pred done;\n\t"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n\t"
-            "selp.u32 %0, 1, 0, done;\n\t}"
-            : "=r"(is_done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    }
-}
 
 __device__ __forceinline__ void copy_block(
     u32 to, const TensorMap* map, u32 input, u32 row, u32 barrier, u64 policy) {
@@ -108,26 +48,6 @@ __device__ __forceinline__ void copy_pairs(
 // A matrix of lines of 128 swizzled bytes; eight lines are 1,024.
 __device__ __forceinline__ u64 matrix_at(u32 address) {
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((address & 0x3ffff) >> 4);
-}
-
-__device__ __forceinline__ u16 rounded(float value) {
-    u16 bits;
-#if HALF
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-    return bits;
-}
-
-__device__ __forceinline__ float widened(u16 bits) {
-#if HALF
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#else
-    return __uint_as_float(static_cast<u32>(bits) << 16);
-#endif
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
@@ -180,8 +100,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
             barrier_init(full + 8 * stage, 1);
             barrier_init(empty + 8 * stage, WARPGROUPS * 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        barriers_made();
         const Place place = place_of(first_turn, token_blocks);
         for (; early < min(blocks, (u32)STAGES); ++early) {
             barrier_expect(full + 8 * early, STAGE_BYTES);
@@ -192,7 +111,8 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
     }
     if (SPLITS > 1) {
         __syncwarp();
-        cluster_meet();
+        cluster_arrive();
+        cluster_wait();
     } else {
         __syncthreads();
     }
@@ -202,9 +122,9 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
 #endif
         if (copies) {
-            if (next_first) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-            asm volatile("griddepcontrol.wait;" ::: "memory");
-            if (!next_first) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+            if (next_first) start_next();
+            wait_for_inputs();
+            if (!next_first) start_next();
             u32 stage = 0, parity = 0;
             for (u32 turn = first_turn; turn < turns; turn += step) {
                 const Place place = place_of(turn, token_blocks);
@@ -337,5 +257,8 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
         }
     }
     // Nobody leaves while others read its memory.
-    if (SPLITS > 1) cluster_meet();
+    if (SPLITS > 1) {
+        cluster_arrive();
+        cluster_wait();
+    }
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lockstep.ops.cuda_program import CudaProgram, Launch, TensorMap, tensor_map
+from lockstep.ops.cuda_program import CudaProgram, Launch, TensorMap, hopper_source, tensor_map
 from lockstep.ops.linear.blocks import can_be_copied
 from lockstep.ops.linear.hopper_blocks import (
     BLOCK_INPUTS,
@@ -53,8 +53,7 @@ def source(block: HopperBlock, dtype: torch.dtype, *, gated: bool, has_bias: boo
         "HALF": int(dtype == torch.float16),
         "ROWS": rows_at_once(block),
     }
-    lines = [f"#define {name} {value}" for name, value in facts.items()]
-    return "\n".join([*lines, _multiply(rows_at_once(block), dtype), _SOURCE.read_text()])
+    return hopper_source(facts, _multiply(rows_at_once(block), dtype), _SOURCE.read_text())
 
 
 def _multiply(rows: int, dtype: torch.dtype) -> str:

@@ -1,0 +1,426 @@
+// One new token of each sequence on NVIDIA's Hopper: its heads normalised and rotated, its key and value stored, and
+// attention over all keys of the sequence.
+//
+// A cluster of thread blocks shares the keys of one KV head of a sequence. Each warp copies tiles of 16 keys and values
+// into shared memory of its own, the first ones before the kernel's predecessor has ended: earlier tokens are there.
+// Then scores^T = K Q^T and out^T = V^T P^T by mma.m16n8k16, whose rows are keys, then dims, and whose columns are the
+// query heads of the KV head. The warps' results are merged in shared memory, those of blocks by messages between them.
+//
+// Set by whoever compiles (hopper.py): GROUP query heads of a KV head (1 to 8), HEAD_DIM (64 or 128), PAGE slots of a
+// page (a multiple of 16), WARPS, STAGES (tiles of a warp on their way), CLUSTER, NORMS, HALF.
+// Source: PTX ISA, "mma.m16n8k16", "ldmatrix", "movmatrix", "st.async".
+
+constexpr u32 TILE = 16;                         // keys
+constexpr u32 LINE = 128;                        // bytes of shared memory as it is swizzled: half of a head of 128
+constexpr u32 SIDE_BYTES = TILE * HEAD_DIM * 2;  // of keys or values
+constexpr u32 TILE_BYTES = 2 * SIDE_BYTES;
+constexpr u32 STEPS = HEAD_DIM / 16;             // instructions over a head
+constexpr u32 PITCH = HEAD_DIM + 4;              // between heads of a warp's result, so that banks differ
+constexpr u32 PAIRS = GROUP * HEAD_DIM / 2;      // results of a KV head, two at a time
+constexpr u32 OWN_PAIRS = PAIRS / CLUSTER;       // of those, what a block finishes
+constexpr u32 MESSAGE_BYTES = CLUSTER * (OWN_PAIRS + GROUP) * 8;  // that a block receives
+constexpr u32 ALL = 0xffffffffu;
+
+__device__ __forceinline__ void copy_tile(
+    u32 to, const TensorMap* map, u32 slot, u32 page, u32 head, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %2, %4, %5}], [%6], %7;"
+        ::"r"(to), "l"(map), "r"(0), "r"(slot), "r"(page), "r"(head), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void load4(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void load4_turned(u32 (&r)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ u32 turned(u32 matrix) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+    return result;
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if HALF
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#endif
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u32 packed(float low, float high) {
+    return rounded(low) | static_cast<u32>(rounded(high)) << 16;
+}
+
+__device__ __forceinline__ float low_of(u32 pair) { return widened(static_cast<u16>(pair)); }
+__device__ __forceinline__ float high_of(u32 pair) { return widened(static_cast<u16>(pair >> 16)); }
+
+__device__ __forceinline__ float power(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+__device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); }  // minus infinity
+
+__device__ __forceinline__ u32 pair_at(const u16* from) { return *reinterpret_cast<const u32*>(from); }
+
+// Dim `dim` (even) of line `line` of a tile.
+__device__ __forceinline__ u32 place_of(u32 line, u32 dim) {
+    return dim / 64 * (TILE * LINE) + line * LINE + ((dim % 64 / 8 ^ line % 8) << 4) + dim % 8 * 2;
+}
+
+// A warp's heads as the right matrix: each lane has dims 2 (lane % 4), 1 more, and both 8 further, of each sixteen of
+// head lane / 4.
+struct Heads {
+    u32 low[STEPS], high[STEPS];
+};
+
+__device__ __forceinline__ Heads heads_at(const u16* from, u32 lane, bool same) {
+    Heads heads;
+    const u32 head = lane / 4;
+    if (!same) from += head * HEAD_DIM;
+    from += lane % 4 * 2;
+#pragma unroll
+    for (u32 i = 0; i < STEPS; ++i) {
+        const bool exists = same || head < GROUP;
+        heads.low[i] = exists ? pair_at(from + 16 * i) : 0;
+        heads.high[i] = exists ? pair_at(from + 16 * i + 8) : 0;
+    }
+    return heads;
+}
+
+// One half of a head is rotated against the other: x cos - y sin, y cos + x sin.
+__device__ __forceinline__ void rotate(
+    u32& first, u32& second, const float (&x)[2], const float (&y)[2], float2 cos, float2 sin) {
+    first = packed(x[0] * cos.x - y[0] * sin.x, x[1] * cos.y - y[1] * sin.y);
+    second = packed(y[0] * cos.x + x[0] * sin.x, y[1] * cos.y + x[1] * sin.y);
+}
+
+__device__ __forceinline__ float scale_of(float squares, float eps) { return rsqrtf(squares / HEAD_DIM + eps); }
+
+__device__ __forceinline__ float squares_of(u32 pair) {
+    return low_of(pair) * low_of(pair) + high_of(pair) * high_of(pair);
+}
+
+__device__ __forceinline__ void scaled(float (&to)[2], u32 pair, u32 weights, float scale) {
+    to[0] = low_of(pair), to[1] = high_of(pair);
+    if (NORMS) to[0] *= scale * low_of(weights), to[1] *= scale * high_of(weights);
+}
+
+__device__ __forceinline__ void normalise_and_rotate(
+    Heads& heads, const Heads& weights, float eps, const float* cos, const float* sin, u32 lane) {
+    float scale = 1.0f;
+    if (NORMS) {
+        float squares = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < STEPS; ++i) squares += squares_of(heads.low[i]) + squares_of(heads.high[i]);
+        squares += __shfl_xor_sync(ALL, squares, 1);
+        squares += __shfl_xor_sync(ALL, squares, 2);
+        scale = scale_of(squares, eps);
+    }
+    const float2* cos_at = reinterpret_cast<const float2*>(cos) + lane % 4;
+    const float2* sin_at = reinterpret_cast<const float2*>(sin) + lane % 4;
+#pragma unroll
+    for (u32 i = 0; i < STEPS / 2; ++i) {
+        const u32 j = i + STEPS / 2;
+        float x[2], y[2];
+        scaled(x, heads.low[i], weights.low[i], scale), scaled(y, heads.low[j], weights.low[j], scale);
+        rotate(heads.low[i], heads.low[j], x, y, cos_at[8 * i], sin_at[8 * i]);
+        scaled(x, heads.high[i], weights.high[i], scale), scaled(y, heads.high[j], weights.high[j], scale);
+        rotate(heads.high[i], heads.high[j], x, y, cos_at[8 * i + 4], sin_at[8 * i + 4]);
+    }
+}
+
+// The new token's key and value: each lane has two dims and the two half a head further.
+struct NewKey {
+    u32 k[2], v[2];
+};
+
+__device__ __forceinline__ NewKey new_key_at(const u16* k, const u16* v, u32 lane) {
+    const u32 dim = 2 * lane % (HEAD_DIM / 2);
+    return {{pair_at(k + dim), pair_at(k + dim + HEAD_DIM / 2)}, {pair_at(v + dim), pair_at(v + dim + HEAD_DIM / 2)}};
+}
+
+__device__ __forceinline__ void normalise_and_rotate(
+    NewKey& key, const u32 (&weights)[2], float eps, const float* cos, const float* sin, u32 lane) {
+    const u32 dim = 2 * lane % (HEAD_DIM / 2);
+    float scale = 1.0f;
+    if (NORMS) {
+        float squares = squares_of(key.k[0]) + squares_of(key.k[1]);
+#pragma unroll
+        for (u32 step = 1; step < HEAD_DIM / 4; step *= 2) squares += __shfl_xor_sync(ALL, squares, step);
+        scale = scale_of(squares, eps);
+    }
+    float x[2], y[2];
+    scaled(x, key.k[0], weights[0], scale), scaled(y, key.k[1], weights[1], scale);
+    const float2 angles_cos = *reinterpret_cast<const float2*>(cos + dim);
+    rotate(key.k[0], key.k[1], x, y, angles_cos, *reinterpret_cast<const float2*>(sin + dim));
+}
+
+// What a warp has seen, of heads 2 (lane % 4) and 1 more: totals of dims lane / 4 and 8 further of each sixteen.
+struct Seen {
+    float total[STEPS][4], top[2], sum[2];
+};
+
+// A tile that lies at `at`, its keys before its values; `keys` of the sequence's are there.
+__device__ __forceinline__ void see(
+    Seen& seen, const Heads& q, u32 at, u32 first_key, u32 keys, float scale_log2, u32 lane) {
+    float score[4] = {0.0f, 0.0f, 0.0f, 0.0f}, more[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (u32 i = 0; i < STEPS; ++i) {
+        // Rows of the left matrix: keys 0-7 and 8-15 of the first eight dims, then of the next eight.
+        u32 a[4];
+        load4(a, at + place_of(lane % 16, 16 * i + lane / 16 * 8));
+        if (i % 2) multiply(more, a, q.low[i], q.high[i]);
+        else multiply(score, a, q.low[i], q.high[i]);
+    }
+    const bool low_there = first_key + lane / 4 < keys, high_there = first_key + lane / 4 + 8 < keys;
+    float p[4];
+#pragma unroll
+    for (u32 j = 0; j < 2; ++j) {
+        p[j] = low_there ? (score[j] + more[j]) * scale_log2 : nothing();
+        p[j + 2] = high_there ? (score[j + 2] + more[j + 2]) * scale_log2 : nothing();
+        float top = fmaxf(p[j], p[j + 2]);
+#pragma unroll
+        for (u32 step = 4; step < 32; step *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, step));
+        top = fmaxf(top, seen.top[j]);
+        const float fade = power(seen.top[j] - top);
+        seen.top[j] = top;
+        p[j] = power(p[j] - top), p[j + 2] = power(p[j + 2] - top);
+        seen.sum[j] = seen.sum[j] * fade + p[j] + p[j + 2];
+#pragma unroll
+        for (u32 i = 0; i < STEPS; ++i) seen.total[i][j] *= fade, seen.total[i][j + 2] *= fade;
+    }
+    const u32 b0 = turned(packed(p[0], p[1])), b1 = turned(packed(p[2], p[3]));
+    const bool whole = first_key + TILE <= keys;
+#pragma unroll
+    for (u32 i = 0; i < STEPS; ++i) {
+        // Turned: rows are dims. Dims 0-7 and 8-15 of keys 0-7, then of keys 8-15.
+        u32 a[4];
+        load4_turned(a, at + SIDE_BYTES + place_of(lane % 8 + lane / 16 * 8, 16 * i + lane / 8 % 2 * 8));
+        if (!whole) {  // what lies behind the keys may be anything
+            const u32 key = first_key + 2 * (lane % 4);
+            const u32 low = (key < keys ? 0xffffu : 0) | (key + 1 < keys ? 0xffff0000u : 0);
+            const u32 high = (key + 8 < keys ? 0xffffu : 0) | (key + 9 < keys ? 0xffff0000u : 0);
+            a[0] &= low, a[1] &= low, a[2] &= high, a[3] &= high;
+        }
+        multiply(seen.total[i], a, b0, b1);
+    }
+}
+
+// Two results, or a head's log2 of the top weight and the sum, to another block; its barrier counts them.
+__device__ __forceinline__ void send(u32 place, u32 barrier, u32 rank, float first, float second) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 ::"r"(place_in(place, rank)), "f"(first), "f"(second), "r"(place_in(barrier, rank)) : "memory");
+}
+
+// A mean of means: what each part weighs, against the top of all.
+template <typename Weights, typename Values>
+__device__ __forceinline__ float2 merged(u32 count, Weights weights, Values values, float& top, float& sum) {
+    top = nothing(), sum = 0.0f;
+    for (u32 i = 0; i < count; ++i) top = fmaxf(top, weights(i).x);
+    float2 result = make_float2(0.0f, 0.0f);
+    for (u32 i = 0; i < count; ++i) {
+        const float2 weight = weights(i);
+        if (weight.y > 0.0f) {
+            const float share = power(weight.x - top);
+            const float2 value = values(i);
+            sum += share * weight.y, result.x += share * value.x, result.y += share * value.y;
+        }
+    }
+    return result;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
+    const __grid_constant__ TensorMap k_map,
+    const __grid_constant__ TensorMap v_map,
+    const u16* __restrict__ heads,  // [row, query, key and value heads, HEAD_DIM]
+    const u16* __restrict__ q_weight,
+    const u16* __restrict__ k_weight,
+    const float* __restrict__ cos,
+    const float* __restrict__ sin,
+    u16* __restrict__ k_pool,
+    u16* __restrict__ v_pool,
+    const int* __restrict__ table,
+    const int* __restrict__ num_keys,
+    u16* __restrict__ out,
+    u64 pool_head_stride,
+    u64 pool_page_stride,
+    u64 pool_slot_stride,
+    u32 kv_heads,
+    u32 heads_stride,
+    u32 cos_stride,
+    u32 sin_stride,
+    u32 table_stride,
+    u32 out_stride,
+    float eps,
+    float scale_log2) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ __align__(8) u64 full_barriers[WARPS * STAGES], message_barrier;
+    __shared__ float2 weights_of[WARPS][8];
+    __shared__ __align__(16) float2 received[CLUSTER > 1 ? PAIRS : 1];
+    __shared__ float2 received_weights[CLUSTER > 1 ? CLUSTER * GROUP : 1];
+
+    const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const u32 rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const u32 row = blockIdx.x / CLUSTER / kv_heads, kv_head = blockIdx.x / CLUSTER % kv_heads;
+    const u32 ring = shared_address(memory) + warp * STAGES * TILE_BYTES;
+    const u32 full = shared_address(full_barriers + warp * STAGES), messages = shared_address(&message_barrier);
+
+    // A step's tables are known before its first layer.
+    const u32 keys = num_keys[row];
+    const u32 tiles = (keys + TILE - 1) / TILE;
+    const u32 first_tile = warp * CLUSTER + rank, step = WARPS * CLUSTER;
+    const u32 turns = first_tile < tiles ? (tiles - first_tile + step - 1) / step : 0;
+    const bool has_new = turns > 0 && first_tile + (turns - 1) * step == tiles - 1;
+    const int* pages = table + static_cast<u64>(row) * table_stride;
+    // Of 32 turns, one a lane.
+    auto page_of_lane = [&](u32 turn) {
+        return turn + lane < turns ? pages[(first_tile + (turn + lane) * step) * TILE / PAGE] : 0;
+    };
+    u32 lane_page = page_of_lane(0);
+
+    if (lane == 0) {
+        for (u32 stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1);
+        if (CLUSTER > 1 && thread == 0) {
+            barrier_init(messages, 1);
+            barrier_expect(messages, MESSAGE_BYTES);
+        }
+        barriers_made();
+    }
+    __syncwarp();
+    if (CLUSTER > 1) cluster_arrive();
+    u64 read_once;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(read_once));
+    auto copy = [&](u32 turn) {
+        if (turn > 0 && turn % 32 == 0) lane_page = page_of_lane(turn);
+        const u32 page = __shfl_sync(ALL, lane_page, turn % 32);
+        if (lane == 0) {
+            const u32 slot = (first_tile + turn * step) * TILE % PAGE, stage = turn % STAGES;
+            const u32 to = ring + stage * TILE_BYTES, barrier = full + 8 * stage;
+            barrier_expect(barrier, TILE_BYTES);
+            copy_tile(to, &k_map, slot, page, kv_head, barrier, read_once);
+            copy_tile(to + SIDE_BYTES, &v_map, slot, page, kv_head, barrier, read_once);
+        }
+    };
+    for (u32 turn = 0; turn < min(turns, (u32)STAGES); ++turn) copy(turn);
+
+    Heads q_weights;
+    u32 k_weights[2], new_page = 0;
+    if (NORMS) q_weights = heads_at(q_weight, lane, true);
+    if (has_new) {
+        new_page = pages[(keys - 1) / PAGE];
+        const u32 dim = 2 * lane % (HEAD_DIM / 2);
+        if (NORMS) k_weights[0] = pair_at(k_weight + dim), k_weights[1] = pair_at(k_weight + dim + HEAD_DIM / 2);
+    }
+    wait_for_inputs();
+    start_next();
+
+    if (turns > 0) {
+        const u16* own_heads = heads + static_cast<u64>(row) * heads_stride;
+        const u16* new_k = own_heads + (kv_heads * GROUP + kv_head) * HEAD_DIM;
+        cos += static_cast<u64>(row) * cos_stride, sin += static_cast<u64>(row) * sin_stride;
+        NewKey key;
+        if (has_new) key = new_key_at(new_k, new_k + kv_heads * HEAD_DIM, lane);
+        Heads q = heads_at(own_heads + kv_head * GROUP * HEAD_DIM, lane, false);
+        normalise_and_rotate(q, q_weights, eps, cos, sin, lane);
+        if (has_new) normalise_and_rotate(key, k_weights, eps, cos, sin, lane);
+
+        Seen seen;
+#pragma unroll
+        for (u32 i = 0; i < STEPS; ++i) {
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) seen.total[i][j] = 0.0f;
+        }
+        seen.top[0] = seen.top[1] = nothing(), seen.sum[0] = seen.sum[1] = 0.0f;
+        for (u32 turn = 0; turn < turns; ++turn) {
+            const u32 stage = turn % STAGES, at = ring + stage * TILE_BYTES;
+            barrier_wait(full + 8 * stage, turn / STAGES % 2);
+            if (has_new && turn == turns - 1) {
+                if (lane < HEAD_DIM / 4) {
+                    const u64 slot = new_page * pool_page_stride + (keys - 1) % PAGE * pool_slot_stride;
+                    const u64 place = kv_head * pool_head_stride + slot;
+                    unsigned char* tile = memory + (warp * STAGES + stage) * TILE_BYTES;
+#pragma unroll
+                    for (u32 half = 0; half < 2; ++half) {
+                        const u32 dim = 2 * lane + half * (HEAD_DIM / 2);
+                        unsigned char* in_tile = tile + place_of((keys - 1) % TILE, dim);
+                        *reinterpret_cast<u32*>(in_tile) = key.k[half];
+                        *reinterpret_cast<u32*>(in_tile + SIDE_BYTES) = key.v[half];
+                        *reinterpret_cast<u32*>(k_pool + place + dim) = key.k[half];
+                        *reinterpret_cast<u32*>(v_pool + place + dim) = key.v[half];
+                    }
+                }
+                __syncwarp();
+            }
+            see(seen, q, at, (first_tile + turn * step) * TILE, keys, scale_log2, lane);
+            __syncwarp();
+            if (turn + STAGES < turns) copy(turn + STAGES);
+        }
+        float* result = reinterpret_cast<float*>(memory + warp * STAGES * TILE_BYTES);
+#pragma unroll
+        for (u32 j = 0; j < 2; ++j) {
+            const u32 head = 2 * (lane % 4) + j;
+#pragma unroll
+            for (u32 across = 4; across < 32; across *= 2) seen.sum[j] += __shfl_xor_sync(ALL, seen.sum[j], across);
+            if (lane < 4) weights_of[warp][head] = make_float2(seen.top[j], seen.sum[j]);
+            if (head < GROUP) {
+#pragma unroll
+                for (u32 i = 0; i < STEPS; ++i) {
+                    result[head * PITCH + 16 * i + lane / 4] = seen.total[i][j];
+                    result[head * PITCH + 16 * i + lane / 4 + 8] = seen.total[i][j + 2];
+                }
+            }
+        }
+    } else if (lane < 8) {
+        weights_of[warp][lane] = make_float2(nothing(), 0.0f);
+    }
+    __syncthreads();
+    if (CLUSTER > 1) cluster_wait();
+
+    u16* own_out = out + static_cast<u64>(row) * out_stride + kv_head * GROUP * HEAD_DIM;
+    auto write = [&](u32 pair, float2 total, float sum) {
+        const float by = sum > 0.0f ? 1.0f / sum : 0.0f;
+        *reinterpret_cast<u32*>(own_out + 2 * pair) = packed(total.x * by, total.y * by);
+    };
+    for (u32 pair = thread; pair < PAIRS; pair += 32 * WARPS) {
+        const u32 head = pair / (HEAD_DIM / 2), dim = 2 * pair % HEAD_DIM;
+        float top, sum;
+        const float2 total = merged(
+            WARPS, [&](u32 w) { return weights_of[w][head]; },
+            [&](u32 w) {
+                return *reinterpret_cast<float2*>(memory + w * STAGES * TILE_BYTES + (head * PITCH + dim) * 4);
+            },
+            top, sum);
+        if (CLUSTER == 1) {
+            write(pair, total, sum);
+        } else {
+            const u32 place = rank * OWN_PAIRS + pair % OWN_PAIRS, to = pair / OWN_PAIRS;
+            send(shared_address(received + place), messages, to, total.x, total.y);
+            // The head's first pairs tell the blocks of it, one each.
+            const u32 weight = shared_address(received_weights + rank * GROUP + head);
+            if (dim < 2 * CLUSTER) send(weight, messages, dim / 2, top, sum);
+        }
+    }
+    if (CLUSTER > 1) {
+        barrier_wait(messages, 0);
+        for (u32 own = thread; own < OWN_PAIRS; own += 32 * WARPS) {
+            const u32 pair = rank * OWN_PAIRS + own, head = pair / (HEAD_DIM / 2);
+            float top, sum;
+            const float2 total = merged(
+                CLUSTER, [&](u32 other) { return received_weights[other * GROUP + head]; },
+                [&](u32 other) { return received[other * OWN_PAIRS + own]; }, top, sum);
+            write(pair, total, sum);
+        }
+    }
+}
