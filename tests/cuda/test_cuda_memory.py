@@ -20,8 +20,21 @@ SLACK_BYTES = 2**30
 """Contexts, libraries and fragments of an allocator that keeps what it has."""
 
 
+ATTEMPTS = 3
+"""What other processes take of the card while one attempt measures counts as its own."""
+
+
 def test_large_steps_stay_within_the_fraction(tmp_path: Path) -> None:
     make_tiny(tmp_path, max_position_embeddings=4096)
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            return check(tmp_path)
+        except AssertionError:
+            if not left:
+                raise
+
+
+def check(tmp_path: Path) -> None:
     options = {"max_total_tokens": "auto", "threads": 4}
     with open_tiny(
         tmp_path, device="cuda", mem_fraction_static=FRACTION, max_running_requests=64, **options

@@ -18,15 +18,15 @@ NUM_SHARED = 30 * PAGE_SIZE
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize(
-    ("chunk", "lengths"),
-    [(4096, (1, 7, 40, 1, 90)), (64, (1, 7, 40, 1, 90)), (NUM_SHARED - 1, (1, 1, 1))],
+    ("chunk", "lengths", "beside"),
+    [(4096, (1, 7, 40, 1, 90), 0), (64, (1, 7, 40, 1, 90), 0), (NUM_SHARED - 1, (1, 1, 1), 1)],
     ids=["one step", "chunks", "single tokens"],
 )
 def test_prompts_that_arrive_together(
-    suite_platform: str, tmp_path: Path, chunk: int, lengths: tuple[int, ...], overlap: str
+    suite_platform: str, tmp_path: Path, chunk: int, lengths: tuple[int, ...], beside: int, overlap: str
 ) -> None:
-    """The last chunk size leaves one token of the prefix for a step of single tokens: the others of the step read the
-    page that it fills."""
+    """The last chunk size leaves one token of the prefix: as many prompts as start `beside` it compute the page that it
+    fills themselves, so that a step of single tokens would be right, and the others read it in the next step."""
     make_tiny(tmp_path, "qwen3")
     prefix, *tails = random_prompts((NUM_SHARED, *lengths), seed=29)
     prompts = [prefix, *([*prefix, *tail] for tail in tails)]
@@ -36,5 +36,6 @@ def test_prompts_that_arrive_together(
         for _ in range(3):
             found = llm.generate(prompts, PARAMS)
             assert_same(found, expected, TOLERANCE)
-            assert [answer.num_cached_tokens for answer in found] == [0, *[NUM_SHARED] * len(tails)]
+            hits = [NUM_SHARED - PAGE_SIZE] * beside + [NUM_SHARED] * (len(tails) - beside)
+            assert [answer.num_cached_tokens for answer in found] == [0, *hits]
             assert llm.flush_cache() > 0
