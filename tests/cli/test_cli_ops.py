@@ -349,7 +349,7 @@ def test_check_reports_cases_errors_and_mutants(capsys: Streams) -> None:
 
 def test_check_takes_several_operators_and_says_how_far_it_is(capsys: Streams) -> None:
     """Without a terminal too: a line for each operator, apart from the result."""
-    two = ["--op", "rms_norm", "--op", "kv_store", "--op", "rms_norm", "--kernel", "torch"]
+    two = ["rms_norm", "--op", "kv_store", "--op", "rms_norm", "--kernel", "torch"]
     assert main(["ops", "check", "--platform", "cpu", *two, "--json"]) == 0
     out, err = capsys.readouterr()
     assert [each["op"] for each in json.loads(out)["operators"]] == ["rms_norm", "kv_store"]
@@ -429,6 +429,7 @@ def test_check_fails_when_nothing_ran(capsys: Streams, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["rms_nrom"], "unknown operator 'rms_nrom'; did you mean 'rms_norm'?"),
         (["--op", "rms_nrom"], "unknown operator 'rms_nrom'; did you mean 'rms_norm'?"),
         (["--kernel", "tritn"], "no kernel of any operator is called 'tritn'; did you mean 'triton'?"),
         (["--op", "rms_norm", "--kernel", "onednn"], "no kernel of operator 'rms_norm' is called 'onednn'"),

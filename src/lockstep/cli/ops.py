@@ -89,13 +89,22 @@ def explain_ops(
 
 
 @command.command("check", cls=SectionedCommand, short_help="Every kernel against its operator's contract.")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @_platform
-@_choice("--op", "ops", metavar="NAME", multiple=True, help="One operator; may be repeated; all when omitted.")
+@_choice("--op", "ops", metavar="NAME", multiple=True, help="One more operator; may be repeated.")
 @_choice("--kernel", metavar="K", help="Kernels of one provider; all of them when omitted.")
 @_seed
 @_json_option
-def check_ops(platform: str, ops: tuple[str, ...], kernel: str | None, seed: int | None, as_json: bool) -> int:
-    """Run every case of every kernel that can run here, with fresh inputs and with poison in unwritten memory.
+def check_ops(
+    names: tuple[str, ...],
+    platform: str,
+    ops: tuple[str, ...],
+    kernel: str | None,
+    seed: int | None,
+    as_json: bool,
+) -> int:
+    """Run every case of every kernel of the operators NAME that can run here, with fresh inputs and with poison in
+    unwritten memory. Without names, of all operators.
 
     An error of 1 is all that the contract accepts. Where nobody watches a bar, each operator ends with a line on
     stderr. Exits 1 when a kernel fails, when a known-wrong version of an
@@ -106,7 +115,7 @@ def check_ops(platform: str, ops: tuple[str, ...], kernel: str | None, seed: int
 
     seed = secrets.randbelow(2**31) if seed is None else seed
     family = pick_platform(platform, "--platform")
-    asked = dict.fromkeys(ops) or (None,)
+    asked = dict.fromkeys((*names, *ops)) or (None,)
     selection = tuple(each for op in asked for each in select(family.capabilities(), op=op, provider=kernel))
     reports = []
     with loading_bar() as progress:
