@@ -198,16 +198,14 @@ class SimulatedExecutor:
     def _require_apart(self, plan: StepPlan) -> None:
         """Rows of single tokens may run in any order: the slot that one writes is read by no other."""
         size = self.limits.page_size
-        written = {
-            (self.live[piece.seq_id].page_ids[piece.start // size], piece.start % size): piece.seq_id
-            for piece in plan.slices
-        }
-        assert len(written) == len(plan.slices), "two rows write to one slot"
-        for piece in plan.slices:
-            page_ids = self.live[piece.seq_id].page_ids
-            for position in range(piece.start):
-                slot = (page_ids[position // size], position % size)
-                assert slot not in written, f"{piece} reads what sequence {written[slot]} writes beside it"
+        pages = [self.live[piece.seq_id].page_ids for piece in plan.slices]
+        written = {of_row[row.start // size]: row for row, of_row in zip(plan.slices, pages, strict=True)}
+        assert len(written) == len(plan.slices), "two rows write to one page"
+        for row, of_row in zip(plan.slices, pages, strict=True):
+            for number in range(-(-row.start // size)):
+                writer = written.get(of_row[number], row)
+                slot = number * size + writer.start % size
+                assert writer is row or slot >= row.start, f"{row} reads what {writer} writes beside it"
         self.num_single_steps += 1
         self.num_started_beside_others += bool(plan.started) and len(plan.slices) > len(plan.started)
 

@@ -24,7 +24,7 @@ _MEASURED = (
 )
 """The most KV heads of all sequences that a block was the best for, on one NVIDIA H100 80GB."""
 
-_FOR_MORE = DecodeBlock(2, 4, 3)
+_FOR_MORE = DecodeBlock(2, 4, 2)
 
 
 def block_of(num_kv_heads: int) -> DecodeBlock:

@@ -56,6 +56,7 @@ KERNELS = (
     Kernel(
         op="add_norm_linear",
         provider="cuda",
+        verified_on=("NVIDIA H100",),
         function=add_norm_linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),

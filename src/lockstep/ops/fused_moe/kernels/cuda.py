@@ -74,6 +74,7 @@ KERNELS = (
     Kernel(
         op="fused_moe",
         provider="cuda",
+        verified_on=("NVIDIA H100",),
         function=fused_moe,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),

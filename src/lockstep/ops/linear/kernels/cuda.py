@@ -52,6 +52,7 @@ KERNELS = (
     Kernel(
         op="linear",
         provider="cuda",
+        verified_on=("NVIDIA H100",),
         function=linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
