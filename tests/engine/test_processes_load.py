@@ -70,12 +70,13 @@ def test_60_clients_hang_up_and_their_pages_are_free_within_a_second(server: Ser
     async def crowd() -> float:
         async with asking(server.url) as asker:
             staying = [asker.start(story(number, 120, stream=True)) for number in range(4)]
+            # Before the others come: who waits in the queue behind 4,000 tokens would not begin in time.
+            await all_begun(staying)
             leaving: list[Asked] = []
             for number in range(NUM_LEAVING):
                 stream, choices = number % 5 != 0, 2 if number % 7 == 0 else 1
                 leaving.append(asker.start(story(100 + number, 4000, stream=stream, n=choices)))
             await some_begun(leaving, 8)
-            await all_begun(staying)
             assert (await off_loop(server.load))["num_running_reqs"] > 4
             begin_s = time.monotonic()
             await asyncio.gather(*(one.hang_up() for one in leaving))
