@@ -146,6 +146,19 @@ def test_many_sequences_of_any_length(seed: int) -> None:
         check(step, block_of(rows * 8), seed + rows)
 
 
+@pytest.mark.parametrize("block", blocks(), ids=str)
+def test_what_is_no_number_shows(block: Any, seed: int) -> None:
+    """In a key or a value of any part, as it does in the reference: an engine looks for it in its scores."""
+    for position in (5, 700, 1998):
+        step = Step([2000, 30], 4, 2)
+        step.draw(seed)
+        page, slot = divmod(position, step.page_size)
+        for pool in step.pools:
+            pool[:, step.table[0, page], slot] = torch.nan
+        out = step.attend(block, copied(step.pools))
+        assert out[0].isnan().all() and out[1].isfinite().all(), position
+
+
 def test_one_long_sequence_takes_more_turns_than_a_warp_has_lanes(seed: int) -> None:
     from lockstep.ops.norm_rope_attention_decode.hopper_blocks import DecodeBlock
 

@@ -232,7 +232,8 @@ __device__ __forceinline__ float2 merged(u32 count, Weights weights, Values valu
     float2 result = make_float2(0.0f, 0.0f);
     for (u32 i = 0; i < count; ++i) {
         const float2 weight = weights(i);
-        if (weight.y > 0.0f) {
+        // Parts without keys have nothing; one whose scores are no numbers makes the result none.
+        if (weight.y != 0.0f) {
             const float share = power(weight.x - top);
             const float2 value = values(i);
             sum += share * weight.y, result.x += share * value.x, result.y += share * value.y;
@@ -390,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
 
     u16* own_out = out + static_cast<u64>(row) * out_stride + kv_head * GROUP * HEAD_DIM;
     auto write = [&](u32 pair, float2 total, float sum) {
-        const float by = sum > 0.0f ? 1.0f / sum : 0.0f;
+        const float by = sum != 0.0f ? 1.0f / sum : 0.0f;
         *reinterpret_cast<u32*>(own_out + 2 * pair) = packed(total.x * by, total.y * by);
     };
     for (u32 pair = thread; pair < PAIRS; pair += 32 * WARPS) {
