@@ -85,6 +85,22 @@ def test_without_the_bindings_there_is_no_such_kernel() -> None:
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVIDIA's bindings are not here")
 
 
+def test_a_single_row_may_lie_anywhere() -> None:
+    """How far it is to a next row that there is not is nobody's concern."""
+    from lockstep.ops.norm_rope_attention_decode.hopper import can_be_attended
+
+    pool = torch.zeros(2, 3, 16, 128, dtype=torch.bfloat16)
+    cos_sin = (torch.zeros(2, 64), torch.zeros(2, 64))
+
+    def heads(rows: int, num_heads: int, stride: int) -> torch.Tensor:
+        memory = torch.zeros(4 * num_heads * 128, dtype=torch.bfloat16)
+        return memory.as_strided((rows, num_heads, 128), (stride, 128, 1))
+
+    for rows, stride, accepted in ((1, 1, True), (2, 8 * 128, True), (2, 8 * 128 + 1, False)):
+        given = (tuple(table[:rows] for table in cos_sin), (pool, pool), heads(rows, 4, 4 * 128))
+        assert can_be_attended(heads(rows, 8, stride), *given) is accepted, (rows, stride)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_compiles_without_spilling(block: DecodeBlock, tmp_path: Path) -> None:
     from triton import knobs

@@ -88,7 +88,8 @@ def can_be_attended(
 
 def _is_aligned(tensor: torch.Tensor, elements: int) -> bool:
     """Whether every row begins at a multiple of so many elements."""
-    rows = all(stride % elements == 0 for stride in tensor.stride()[:-1])
+    lines = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    rows = all(stride % elements == 0 for size, stride in lines if size > 1)
     return rows and tensor.data_ptr() % (elements * tensor.itemsize) == 0
 
 
