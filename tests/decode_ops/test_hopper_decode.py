@@ -90,19 +90,19 @@ def test_a_single_row_may_lie_anywhere() -> None:
     from lockstep.ops.norm_rope_attention_decode.hopper import can_be_attended
 
     pool = torch.zeros(2, 3, 16, 128, dtype=torch.bfloat16)
-    cos_sin = (torch.zeros(2, 64), torch.zeros(2, 64))
+    cos, sin = torch.zeros(2, 64), torch.zeros(2, 64)
 
     def heads(rows: int, num_heads: int, stride: int) -> torch.Tensor:
         memory = torch.zeros(4 * num_heads * 128, dtype=torch.bfloat16)
         return memory.as_strided((rows, num_heads, 128), (stride, 128, 1))
 
     for rows, stride, accepted in ((1, 1, True), (2, 8 * 128, True), (2, 8 * 128 + 1, False)):
-        given = (tuple(table[:rows] for table in cos_sin), (pool, pool), heads(rows, 4, 4 * 128))
+        given = ((cos[:rows], sin[:rows]), (pool, pool), heads(rows, 4, 4 * 128))
         assert can_be_attended(heads(rows, 8, stride), *given) is accepted, (rows, stride)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_compiles_without_spilling(block: DecodeBlock, tmp_path: Path) -> None:
+def test_compiles_without_spilling_and_reads_early_what_is_there(block: DecodeBlock, tmp_path: Path) -> None:
     from triton import knobs
 
     from lockstep.ops.cuda_program import machine_code
@@ -110,8 +110,10 @@ def test_compiles_without_spilling(block: DecodeBlock, tmp_path: Path) -> None:
 
     kinds = (
         Heads(8, 128, 16, True, torch.bfloat16),
+        Heads(4, 128, 32, True, torch.float16),
         Heads(1, 128, 64, False, torch.float16),
         Heads(7, 64, 48, True, torch.bfloat16),
+        Heads(2, 64, 16, True, torch.float16),
     )
     for kind in kinds:
         file = tmp_path / "kernel.cubin"
@@ -121,6 +123,23 @@ def test_compiles_without_spilling(block: DecodeBlock, tmp_path: Path) -> None:
         assert not re.findall(r"\s(STL|LDL)\b", assembly), "registers are spilled"
         assert len(re.findall(r"\sHMMA", assembly)) >= 2 * kind.head_dim // 16
         # Pages are copied before the kernel waits for its predecessor, and heads are read after it.
-        waits = assembly.index("ACQBULK")
-        assert "UTMALDG" in assembly[:waits], "nothing is copied early"
-        assert "LDSM" not in assembly[:waits], "keys are multiplied before queries can be there"
+        before, waits, after = assembly.partition("ACQBULK")
+        assert waits and "UTMALDG" in before, "nothing is copied early"
+        assert "LDSM" not in before, "keys are multiplied before queries can be there"
+        between, starts, rest = after.partition("PREEXIT")
+        assert starts and not _loads(between), "the next kernel starts later than it could"
+        # Keys of the row, a lane's page and the new key's: a multiprocessor's cache may hold those of steps before.
+        early = _loads(before)
+        tables = [load for load in early if "STRONG.GPU" in load]
+        assert len(tables) == 3 and "CONSTANT" not in assembly, "what is read may be of a step before"
+        weights = kind.head_dim // 8 + 2 if kind.norms else 0
+        assert len(early) - len(tables) == weights, "norms' weights are not read before the wait"
+        # What other thread blocks sent is acquired from them; that costs too much for each tile.
+        inner, sends, finish = rest.partition("STAS")
+        acquires = r"TRYWAIT.*\n.*CCTL\.IVALL"
+        assert sends and re.search(acquires, finish) and not re.search(acquires, inner)
+
+
+def _loads(assembly: str) -> list[str]:
+    """From the device's memory into registers."""
+    return re.findall(r"\sLDG\.\S+", assembly)

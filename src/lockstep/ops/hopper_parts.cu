@@ -1,6 +1,6 @@
 // What our kernels for NVIDIA's Hopper have in common: barriers in shared memory, clusters, early launches, 16-bit
 // numbers. Set by whoever compiles: HALF (float16 instead of bfloat16).
-// Source: PTX ISA, "mbarrier", "barrier.cluster", "griddepcontrol".
+// Source: PTX ISA, "mbarrier", "barrier.cluster", "griddepcontrol", "ld.relaxed".
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -72,11 +72,32 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
     }
 }
 
+// The same for what other thread blocks of the cluster sent. It fences the device's memory: not for an inner loop.
+__device__ __forceinline__ void barrier_wait_in_cluster(u32 barrier, u32 parity) {
+    u32 is_done = 0;
+    while (!is_done) {
+        asm volatile(
+            "{\n\t.reg .pred done;\n\t"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+            "selp.u32 %0, 1, 0, done;\n\t}"
+            : "=r"(is_done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    }
+}
+
 // The kernel after this one may start: programmatic dependent launch.
 __device__ __forceinline__ void start_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // The kernel before this one has ended, and what it wrote can be read.
 __device__ __forceinline__ void wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// From the device's cache: until a kernel has waited, its multiprocessor's own may hold what was there long before.
+__device__ __forceinline__ u32 fresh_word(const void* from) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
 
 __device__ __forceinline__ u16 rounded(float value) {
     u16 bits;

@@ -8,7 +8,7 @@
 //
 // Set by whoever compiles (hopper_down.py): INPUTS (a multiple of 8), TOP_K (1 to 32), ROWS, WARPS, AT_ONCE, STAGES (of a
 // warp, on their way), HALF.
-// Source: PTX ISA, "cp.async.bulk", "ld.relaxed".
+// Source: PTX ISA, "cp.async.bulk".
 
 constexpr u32 ROW_BYTES = 2 * INPUTS;
 constexpr u32 STAGE_BYTES = AT_ONCE * ROW_BYTES;
@@ -29,13 +29,6 @@ __device__ __forceinline__ void copy(u32 to, const u16* from, u32 bytes, u32 bar
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
         ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// From the device's cache: until a kernel has waited, its multiprocessor's own may hold what was there long before.
-__device__ __forceinline__ u32 shared_word(const void* from) {
-    u32 word;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
-    return word;
 }
 
 __device__ __forceinline__ uint4 chunk_at(u32 address) {
@@ -107,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) weighted_down(
     int expert = -1;
     float share = 0.0f;
     if (lane < TOP_K) {
-        expert = static_cast<int>(shared_word(ids + static_cast<u64>(token) * token_stride + lane * choice_stride));
-        share = __uint_as_float(shared_word(shares + token * TOP_K + lane));
+        expert = static_cast<int>(fresh_word(ids + static_cast<u64>(token) * token_stride + lane * choice_stride));
+        share = __uint_as_float(fresh_word(shares + token * TOP_K + lane));
     }
     if (lane == 0) {
         for (u32 stage = 0; stage < STAGES; ++stage) barrier_init(full + 8 * stage, 1);

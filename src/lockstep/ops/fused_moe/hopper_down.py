@@ -45,6 +45,11 @@ def _program(
     return CudaProgram(text, "weighted_down", device, cache_dir, shared_bytes=shared_bytes(block, shape))
 
 
+@cache
+def _launch(block: DownBlock, shape: DownShape, blocks: int) -> Launch:
+    return Launch(blocks, 1, 32 * block.warps, shared_bytes(block, shape), early=True)
+
+
 def weighted_down(
     inner_PF: torch.Tensor,
     down_EDF: torch.Tensor,
@@ -66,7 +71,7 @@ def weighted_down(
     blocks = num_tokens * -(-width // block.rows)
     places = (down_EDF, inner_PF, weights_TK, ids_TK, out_TD)
     _program(block, shape, inner_PF.dtype, inner_PF.device, cache_dir).launch(
-        Launch(blocks, 1, 32 * block.warps, shared_bytes(block, shape), early=True),
+        _launch(block, shape, blocks),
         (
             *(ctypes.c_void_p(each.data_ptr()) for each in places),
             *(ctypes.c_uint32(size) for size in (num_tokens, width, *ids_TK.stride())),

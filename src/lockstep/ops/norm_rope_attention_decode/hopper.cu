@@ -242,19 +242,21 @@ __device__ __forceinline__ float2 merged(u32 count, Weights weights, Values valu
     return result;
 }
 
+// No pointer is __restrict__: what the compiler knows to stay the same it reads as late as it can, the norms' weights
+// behind the wait for the predecessor.
 extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     const __grid_constant__ TensorMap k_map,
     const __grid_constant__ TensorMap v_map,
-    const u16* __restrict__ heads,  // [row, query, key and value heads, HEAD_DIM]
-    const u16* __restrict__ q_weight,
-    const u16* __restrict__ k_weight,
-    const float* __restrict__ cos,
-    const float* __restrict__ sin,
-    u16* __restrict__ k_pool,
-    u16* __restrict__ v_pool,
-    const int* __restrict__ table,
-    const int* __restrict__ num_keys,
-    u16* __restrict__ out,
+    const u16* heads,  // [row, query, key and value heads, HEAD_DIM]
+    const u16* q_weight,
+    const u16* k_weight,
+    const float* cos,
+    const float* sin,
+    u16* k_pool,
+    u16* v_pool,
+    const int* table,
+    const int* num_keys,
+    u16* out,
     u64 pool_head_stride,
     u64 pool_page_stride,
     u64 pool_slot_stride,
@@ -279,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     const u32 full = shared_address(full_barriers + warp * STAGES), messages = shared_address(&message_barrier);
 
     // A step's tables are known before its first layer.
-    const u32 keys = num_keys[row];
+    const u32 keys = fresh_word(num_keys + row);
     const u32 tiles = (keys + TILE - 1) / TILE;
     const u32 first_tile = warp * CLUSTER + rank, step = WARPS * CLUSTER;
     const u32 turns = first_tile < tiles ? (tiles - first_tile + step - 1) / step : 0;
@@ -287,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     const int* pages = table + static_cast<u64>(row) * table_stride;
     // Of 32 turns, one a lane.
     auto page_of_lane = [&](u32 turn) {
-        return turn + lane < turns ? pages[(first_tile + (turn + lane) * step) * TILE / PAGE] : 0;
+        return turn + lane < turns ? fresh_word(pages + (first_tile + (turn + lane) * step) * TILE / PAGE) : 0;
     };
     u32 lane_page = page_of_lane(0);
 
@@ -320,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
     u32 k_weights[2], new_page = 0;
     if (NORMS) q_weights = heads_at(q_weight, lane, true);
     if (has_new) {
-        new_page = pages[(keys - 1) / PAGE];
+        new_page = fresh_word(pages + (keys - 1) / PAGE);
         const u32 dim = 2 * lane % (HEAD_DIM / 2);
         if (NORMS) k_weights[0] = pair_at(k_weight + dim), k_weights[1] = pair_at(k_weight + dim + HEAD_DIM / 2);
     }
@@ -414,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
         }
     }
     if (CLUSTER > 1) {
-        barrier_wait(messages, 0);
+        barrier_wait_in_cluster(messages, 0);
         for (u32 own = thread; own < OWN_PAIRS; own += 32 * WARPS) {
             const u32 pair = rank * OWN_PAIRS + own, head = pair / (HEAD_DIM / 2);
             float top, sum;

@@ -81,6 +81,7 @@ KERNELS = (
     Kernel(
         op="norm_rope_attention_decode",
         provider="cuda",
+        verified_on=("NVIDIA H100",),
         function=norm_rope_attention_decode,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "cuda_bindings"}),
