@@ -17,6 +17,7 @@ GROUPS = {
         "attention_decode",
         "attention_decode_shared",
         "attention_extend",
+        "decoder_decode",
         "kv_store",
         "norm_rope_attention_decode",
     ),

@@ -23,7 +23,7 @@ LARGE = 100.0
 
 WIDTHS = {"width", "input", "2 * width"}
 HEADS = {"head", "kv_head", "query, key and value head"}
-WHOLE_MODELS = {"decoder_forward"}
+WHOLE_MODELS = {"decoder_decode", "decoder_forward"}
 """Their sizes are those of a small decoder: each part has a contract of its own."""
 
 EVERY = pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)

@@ -55,6 +55,13 @@ class FreshHeads(NamedTuple):
         return FreshHeads(self.heads_TAH[:num_rows], *norms, self.cos_TR2[:num_rows], self.sin_TR2[:num_rows])
 
 
+class SingleTokens(NamedTuple):
+    """Where keys of single tokens lie that share none: page tables [B, P] and lengths [B], int32, 0 for padding."""
+
+    page_table_BP: torch.Tensor
+    num_keys_B: torch.Tensor
+
+
 class AttentionBackend(ABC):
     """Plans a step once on the host, then serves every layer of it. `name` is its provider's."""
 
@@ -78,6 +85,15 @@ class AttentionBackend(ABC):
     ) -> None:
         """The same, written to `out_TNH`."""
         out_TNH.copy_(self.run(plan, q_TNH, kv, spec))
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether `single_tokens` tells of any plan."""
+        return False
+
+    def single_tokens(self, plan: Any) -> SingleTokens | None:
+        """Of a plan of nothing but single tokens, for kernels that attend by themselves; None of any other."""
+        return None
 
     def takes_fresh(self, plan: Any) -> bool:
         """True when every layer of this plan is to be computed by `run_fresh`."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.attention.backend import AttentionBackend, AttentionSpec, FreshHeads, Span
+from lockstep.attention.backend import AttentionBackend, AttentionSpec, FreshHeads, SingleTokens, Span
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.sharing import Sharing, most_tiles
 from lockstep.attention.spans import Spans, Stage
@@ -214,6 +214,15 @@ class PagedBackend(AttentionBackend):
             self._extend.run(plan.extend, q_TNH[first:], kv, spec, out_TNH[first:])
         elif first < q_TNH.shape[0]:
             out_TNH[first:].zero_()
+
+    @property
+    def has_tables(self) -> bool:
+        return self._decode.has_tables
+
+    def single_tokens(self, plan: PagedPlan) -> SingleTokens | None:
+        if plan.decode is None or plan.extend is not None:
+            return None
+        return self._decode.single_tokens(plan.decode)
 
     def takes_fresh(self, plan: PagedPlan) -> bool:
         return plan.decode is not None and plan.extend is None and self._decode.takes_fresh(plan.decode)

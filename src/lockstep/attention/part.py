@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lockstep.attention.backend import AttentionSpec, FreshHeads, Span
+from lockstep.attention.backend import AttentionSpec, FreshHeads, SingleTokens, Span
 from lockstep.attention.spans import Spans
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
@@ -42,6 +42,15 @@ class AttentionPart(ABC):
     def shares_keys(self, spans: Spans) -> bool:
         """True when these single tokens have so many keys in common that a plan that `shares` is the better one."""
         return False
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether `single_tokens` tells of any plan."""
+        return False
+
+    def single_tokens(self, plan: Any) -> SingleTokens | None:
+        """The tables of single tokens that share no keys, where plans have such; else None."""
+        return None
 
     def takes_fresh(self, plan: Any) -> bool:
         """True when `run_fresh` computes these single tokens, of which none sees what another one stores."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lockstep.attention.backend import AttentionSpec, FreshHeads, Span
+from lockstep.attention.backend import AttentionSpec, FreshHeads, SingleTokens, Span
 from lockstep.attention.paged_backend import FixedTables, PageTables
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.sharing import Sharing, SharingFinder
@@ -77,6 +77,13 @@ class DecodeTables(_TablePart):
         else:
             shared = (plan.shared.shared_keys_B, plan.shared.tiles_TR)
             self._shared.function(*given, *shared, spec.sinks_N, out_TNH, spec.scale, spec.soft_cap)
+
+    @property
+    def has_tables(self) -> bool:
+        return True
+
+    def single_tokens(self, plan: PageTables | FixedTables) -> SingleTokens | None:
+        return None if plan.shared is not None else SingleTokens(plan.page_table_BP, plan.num_keys_B)
 
     def takes_fresh(self, plan: PageTables | FixedTables) -> bool:
         return self._fresh is not None and plan.shared is None

@@ -14,6 +14,7 @@ from lockstep.bench.ops_timing import Timing, time_calls
 from lockstep.core.errors import KernelError, nearest
 from lockstep.ops.check import NamedTensors, error_share, outcome
 from lockstep.ops.contract import Contract, Kernel, Tolerance, Workload
+from lockstep.ops.nested import with_tensors
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import unmet_need
 from lockstep.platforms.base import Platform
@@ -141,7 +142,7 @@ class _Trial:
         self._signature = case.signature
         device = platform.device()
         made = case.make(torch.Generator().manual_seed(seed))
-        self._arguments = [value.to(device) if isinstance(value, torch.Tensor) else value for value in made]
+        self._arguments = [with_tensors(value, lambda each: each.to(device)) for value in made]
         self._expected = outcome(contract, contract.reference, self._fresh())
         results = (value for _, value in self._expected)
         self._num_bytes = workload.bytes_moved(self._arguments, results)
@@ -173,7 +174,7 @@ class _Trial:
 
     def _fresh(self, kernel: Kernel | None = None) -> list[Any]:
         """Arguments of their own memory, weights prepared as the kernel wants them."""
-        values = [value.clone() if isinstance(value, torch.Tensor) else value for value in self._arguments]
+        values = [with_tensors(value, torch.clone) for value in self._arguments]
         if kernel is None or kernel.prepare is None:
             return values
         pairs = zip(self._contract.arguments, values, strict=True)

@@ -13,12 +13,13 @@ from lockstep.attention.choice import attention_inside, check_backend, choose_ba
 from lockstep.attention.span_backend import SpanBackend
 from lockstep.config import EngineConfig, ModelFacts
 from lockstep.core.probe import Probe
-from lockstep.executor.fused import fuse
+from lockstep.executor.fused import FewRowsFused, fuse
 from lockstep.executor.sampler import SamplingKernels
 from lockstep.executor.threads import SHARING_FULL_SHARE, ThreadGovernor
 from lockstep.layers.build import Build, Place, Slice, Weights, fill_places
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
+from lockstep.ops.decoder_decode.signature import signature_of
 from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.ops.registry import require_providers
 from lockstep.ops.selection import Binding, KernelSelector, require_served
@@ -31,10 +32,12 @@ OnWeight = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class BoundModel:
-    """A model with a kernel at every call site. `whole` is the one that computes all blocks, where there is one."""
+    """A model with a kernel at every call site. `whole` is the one that computes all blocks, `few_rows` the one that
+    does so in steps of a few single tokens, where there is one."""
 
     model: DecoderModel
     whole: Binding | None
+    few_rows: Binding | None
     attention: AttentionBackend
     sampling: SamplingKernels
     bindings: tuple[Binding, ...]
@@ -85,6 +88,8 @@ def load_model(
         platform.set_num_threads(1)
         fused.set_num_threads(config.device.threads)
         governor = ThreadGovernor(config.device.threads, fused.set_num_threads, full_share=SHARING_FULL_SHARE)
+    elif bound.few_rows is not None:
+        model = FewRowsFused(bound.model, bound.few_rows.kernel)
     return LoadedModel(build, model, bound.attention, bound.sampling, governor, bound.bindings)
 
 
@@ -106,18 +111,21 @@ def bind_model(
     whole = bind_whole(build, facts, settings, config)
     with torch.inference_mode():
         model = model_class(settings).make(build, settings)
-    sites = tuple(build.kernels.bindings)
-    sampling = bind_sampling(build, facts.vocab_size)
-    samplers = build.kernels.bindings[len(sites) :]
+    num_sites = len(build.kernels.bindings)
     attention: AttentionBackend
+    few_rows = None
     if whole is None:
         attention, attends = bind_attention(config, platform, build, compile_ahead=compile_ahead)
+        few_rows = bind_few_rows(build, model, config, attention)
     else:
-        sites = (whole, *(site.inside(whole) for site in sites if site is not whole))
         attention, attends = SpanBackend(), attention_inside(whole)
-    bindings = (*sites, *attends, *samplers)
+    sampling = bind_sampling(build, facts.vocab_size)
+    sites, others = build.kernels.bindings[:num_sites], build.kernels.bindings[num_sites:]
+    if whole is not None:
+        sites = [whole, *(site.inside(whole) for site in sites if site is not whole)]
+    bindings = (*sites, *attends, *others)
     require_served(config.kernels.forced, bindings)
-    return BoundModel(model, whole, attention, sampling, bindings)
+    return BoundModel(model, whole, few_rows, attention, sampling, bindings)
 
 
 def new_build(
@@ -192,6 +200,25 @@ def bind_whole(
     if whole is not None:
         build.norm_dtype = torch.float32
     return whole
+
+
+def bind_few_rows(
+    build: Build, model: DecoderModel, config: EngineConfig, attention: AttentionBackend
+) -> Binding | None:
+    """The kernel for all blocks of a few single tokens; None where those run layer by layer, too."""
+    if not model.has_outline:
+        return None
+    apart = None
+    if build.probe is not None:
+        apart = "a probe watches what lies between"
+    elif config.kernels.attention_backend is not None:
+        apart = f"--attention-backend {config.kernels.attention_backend} asks for attention by itself"
+    elif not attention.has_tables:
+        apart = f"attention by {attention.name} has no page tables on the device"
+    signature = signature_of(
+        model.outline(), build.dtype, build.kv_dtype, build.page_size, build.mesh.everyone.size
+    )
+    return build.kernels.bind_fused("decoder_decode", "few single tokens", signature, apart=apart)
 
 
 def bind_attention(

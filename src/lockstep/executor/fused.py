@@ -1,4 +1,4 @@
-"""A built model whose blocks one kernel computes together.
+"""A built model whose blocks one kernel computes together, always or in small steps of single tokens.
 
 Shapes: T tokens, R rows that want scores, D model, V vocabulary.
 """
@@ -14,6 +14,7 @@ from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.models.llm.decoder import DecoderModel
+from lockstep.ops.contract import Kernel
 from lockstep.ops.selection import Binding
 
 
@@ -52,3 +53,38 @@ def fuse(model: DecoderModel, binding: Binding) -> FusedDecoder:
     if prepare is None:
         raise KernelError(f"{binding.kernel.provider} computes no whole decoder")
     return FusedDecoder(model, prepare(model.outline()))
+
+
+class FewRowsFused(DecoderModel):
+    """A model whose steps of a few single tokens a kernel of decoder_decode computes, where none share keys.
+
+    A few are as many as the kernel's program says. All other steps are the model's own.
+    """
+
+    def __init__(self, model: DecoderModel, kernel: Kernel) -> None:
+        assert kernel.prepare is not None
+        self.config = model.config
+        self.head = model.head
+        self._model = model
+        self._function = kernel.function
+        self._program = kernel.prepare(model.outline())
+        self._bound: tuple[KVPool, torch.Tensor] | None = None
+
+    @classmethod
+    def make(cls, build: Build, config: Mapping[str, Any]) -> DecoderModel:
+        raise KernelError("such a decoder is made of a built model")
+
+    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+        num_rows = token_ids_T.shape[0]
+        tokens = ctx.attention.single_tokens(ctx.plan) if num_rows <= self._program.most_rows else None
+        if tokens is None or len(tokens.num_keys_B) != num_rows:
+            return self._model.forward(ctx, token_ids_T)
+        if self._bound is None or self._bound[0] is not ctx.kv:
+            (stack,) = ctx.kv.stacks
+            self._bound = (ctx.kv, stack.unflatten(0, (-1, 2)))
+        residual_TD, cos_sin = self._model.begin(ctx, token_ids_T)
+        hidden_TD: torch.Tensor = self._function(residual_TD, *cos_sin, *tokens, self._program, self._bound[1])
+        return hidden_TD
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden_RD)

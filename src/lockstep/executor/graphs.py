@@ -38,6 +38,7 @@ _NOT_ASKED = (
     "norm_rope_attention_decode",
     "argmax",
     "top_k_top_p_sample",
+    "decoder_decode",
     "decoder_forward",
 )
 """Operators without which a step of single tokens can be recorded, and those that the backend answers for."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from lockstep.ops.contract import Argument
+from lockstep.ops.nested import tensors_in, with_tensors
 
 _GUARD_BYTES = 256
 """Poison before and after each storage; a multiple of every alignment that kernels ask for."""
@@ -27,7 +28,7 @@ class CallMemory:
         self._made = list(made)
         self._storages: dict[int, _Storage] = {}
         for spec, value in zip(arguments, self._made, strict=False):
-            for tensor in _tensors(value):
+            for tensor in tensors_in(value):
                 if _key(tensor) not in self._storages:
                     self._storages[_key(tensor)] = _Storage.of(tensor)
                 self._storages[_key(tensor)].hold(spec.name, tensor, may_change=spec.written or spec.scratch)
@@ -42,7 +43,7 @@ class CallMemory:
             return copy.as_strided(tensor.shape, tensor.stride(), offset)
 
         pairs = [(storage, copies[key]) for key, storage in self._storages.items()]
-        return PlacedCall([_mapped(value, view) for value in self._made], pairs)
+        return PlacedCall([with_tensors(value, view) for value in self._made], pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +123,3 @@ def is_poison(tensor: torch.Tensor) -> bool:
 
 def _key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The value with every tensor in it changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(_mapped(each, change) for each in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{each.name: _mapped(getattr(value, each.name), change) for each in fields(value)}
-        )
-    return value
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped(value, keep)
-    return found

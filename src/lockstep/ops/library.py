@@ -10,7 +10,6 @@ torch could hold it.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import re
@@ -24,6 +23,7 @@ import torch
 
 from lockstep.core.errors import KernelError
 from lockstep.ops.contract import Argument, Contract, Kernel, Signature
+from lockstep.ops.nested import with_tensors
 from lockstep.ops.registry import contracts
 from lockstep.ops.selection import Binding, KernelSelector
 
@@ -66,7 +66,7 @@ class HeldWeights:
 
     def add(self, prepared: Any, plain: Any) -> int:
         """The number of a weight as a kernel reads it; `plain` is what that was made of."""
-        held = _HeldWeight(prepared, _with_tensors(plain, lambda each: each.new_empty(()).expand(each.shape)))
+        held = _HeldWeight(prepared, with_tensors(plain, lambda each: each.new_empty(()).expand(each.shape)))
         self._held.append(held)
         number = next(_numbers)
         _held[number] = held
@@ -82,7 +82,7 @@ class _HeldWeight:
 
     def without_values(self) -> Any:
         """What the reference takes where nothing is computed."""
-        return _with_tensors(
+        return with_tensors(
             self.shape_alone, lambda each: torch.empty(each.shape, dtype=each.dtype, device=each.device)
         )
 
@@ -98,16 +98,6 @@ def _held_weight(number: int) -> _HeldWeight:
             "a weight of a compiled model is gone: the selector that bound it must outlive the model"
         )
     return held
-
-
-def _with_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A tensor, or a dataclass of them, with each one changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        return replace(value, **{name: _with_tensors(each, change) for name, each in fields.items()})
-    return value
 
 
 def traced(kernel: Kernel, device: torch.device, weights: HeldWeights) -> Kernel:
@@ -268,7 +258,7 @@ def _places(contract: Contract, kernel: Kernel, device: torch.device) -> tuple[i
     if case is None:
         return (None,) * len(contract.returns)
     arguments = [
-        value.to(device) if isinstance(value, torch.Tensor) else value
+        with_tensors(value, lambda each: each.to(device))
         for value in case.make(torch.Generator().manual_seed(0))
     ]
     for at, argument in enumerate(contract.arguments):

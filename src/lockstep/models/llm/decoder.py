@@ -15,6 +15,7 @@ import torch
 from lockstep.core.errors import KernelError, ModelFileError
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import LMHead, VocabEmbedding
+from lockstep.layers.heads import CosSin
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, NormOutline
 from lockstep.parallel.placement import expect_whole
@@ -97,6 +98,11 @@ class DecoderModel(ABC):
     @abstractmethod
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
         """Hidden rows [T, D] after the final norm."""
+
+    def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, CosSin]:
+        """The residual stream [T, D] before the first block, and the angles of its rows, for kernels that compute all
+        blocks. Raises KernelError as `outline` does."""
+        raise KernelError(f"{type(self).__name__} has parts that no outline of a decoder describes")
 
     def outline(self) -> DecoderOutline:
         """The model as data, for kernels that compute whole decoders. Raises KernelError for one with other parts."""

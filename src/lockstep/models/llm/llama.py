@@ -123,9 +123,11 @@ class LlamaModel(DecoderModel):
             mlp_bias=bool(config.get("mlp_bias", False)),
         )
 
+    def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, CosSin]:
+        return reduce(self._embedding(token_ids_T), self._mesh), self._rotary.at(ctx.positions_T)
+
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        residual_TD = reduce(self._embedding(token_ids_T), self._mesh)
-        cos_sin = self._rotary.at(ctx.positions_T)
+        residual_TD, cos_sin = self.begin(ctx, token_ids_T)
         update: Partial | None = None
         for layer in self._layers:
             update, residual_TD = layer(ctx, update, residual_TD, cos_sin)

@@ -6,19 +6,18 @@ Shapes: B sequences, A all heads (N query, K key, K value heads), H head dim, R2
 from __future__ import annotations
 
 import ctypes
-from functools import cache, lru_cache
+from functools import cache
 from math import e, log2
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lockstep.ops.cuda_program import CudaProgram, Launch, TensorMap, hopper_source, tensor_map
-from lockstep.ops.norm_rope_attention_decode.hopper_blocks import TILE, DecodeBlock, shared_bytes
+from lockstep.ops.cuda_program import CudaProgram, Launch
+from lockstep.ops.hopper_attention import attention_source, tile_map
+from lockstep.ops.norm_rope_attention_decode.hopper_blocks import DecodeBlock, shared_bytes
 
 _SOURCE = Path(__file__).with_name("hopper.cu")
-_LINE = 64
-"""Elements of a line of shared memory."""
 
 
 class Heads(NamedTuple):
@@ -43,23 +42,13 @@ def source(block: DecodeBlock, heads: Heads) -> str:
         "NORMS": int(heads.norms),
         "HALF": int(heads.dtype == torch.float16),
     }
-    return hopper_source(facts, _SOURCE.read_text())
+    return attention_source(facts, _SOURCE.read_text())
 
 
 @cache
 def _program(block: DecodeBlock, heads: Heads, device: torch.device, cache_dir: Path | None) -> CudaProgram:
     shared = shared_bytes(block, heads.head_dim)
     return CudaProgram(source(block, heads), "attend", device, cache_dir, shared_bytes=shared)
-
-
-@lru_cache(maxsize=4096)
-def _map_of(pointer: int, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...]) -> TensorMap:
-    """A tile of keys of one page and head. The same for the same place and shape, whatever lies there."""
-    num_heads, num_pages, page_size, head_dim = shape
-    head, page, slot, _ = strides
-    halves = head_dim // _LINE
-    sizes = (_LINE, page_size, halves, num_pages, num_heads)
-    return tensor_map(pointer, dtype, sizes, (slot, _LINE, page, head), (_LINE, TILE, halves, 1, 1))
 
 
 @cache
@@ -116,7 +105,7 @@ def attend(
     _program(block, heads, heads_BAH.device, cache_dir).launch(
         _launch(block, batch * num_kv_heads, head_dim),
         (
-            *(_map_of(pool.data_ptr(), pool.dtype, tuple(pool.shape), pool.stride()) for pool in pools),
+            *map(tile_map, pools),
             *(ctypes.c_void_p(None if each is None else each.data_ptr()) for each in tensors),
             *(ctypes.c_uint64(stride) for stride in k_KPSH.stride()[:3]),
             ctypes.c_uint32(num_kv_heads),
