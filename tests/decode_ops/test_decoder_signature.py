@@ -87,6 +87,7 @@ OTHERS: dict[str, Callable[[], DecoderOutline]] = {
     "several pieces": lambda: with_last_down((torch.ones(16, 48).bfloat16(),) * 2),
     "another dtype": lambda: with_last_down((torch.ones(32, 48),)),
     "not contiguous": lambda: with_last_down((torch.ones(48, 32).bfloat16().T,)),
+    "not aligned": lambda: with_last_down((torch.ones(32 * 48 + 1).bfloat16()[1:].view(32, 48),)),
     "integers": lambda: with_last_down((matrix(GENERATOR, 32, 64, "8 bits"),)),
     "packed by a library": lambda: with_last_down((torch.ones(32, 48).bfloat16().to_mkldnn(),)),
     "prepared": lambda: with_last_down((object(),)),

@@ -176,9 +176,10 @@ def _grid(shape: DecoderShape, num_rows: int, device: torch.device) -> DecodeGri
 
 def _heads_in_line(kv_L2KPSH: torch.Tensor) -> torch.Tensor:
     """Heads of keys and values of every block, one after the other: [all heads, P, S, H]."""
-    if kv_L2KPSH.flatten(0, 2).data_ptr() != kv_L2KPSH.data_ptr():
-        raise ValueError("the pools of all blocks must lie one after the other")
-    return kv_L2KPSH.flatten(0, 2)
+    try:
+        return kv_L2KPSH.view(-1, *kv_L2KPSH.shape[3:])
+    except RuntimeError:
+        raise ValueError("the pools of all blocks must lie one after the other") from None
 
 
 def _tensors(block: BlockOutline) -> tuple[torch.Tensor | None, ...]:

@@ -8,6 +8,9 @@ import torch
 
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, NormOutline, ProductOutline
 
+_ALIGNED_BYTES = 16
+"""What is copied or read together."""
+
 
 def signature_of(
     outline: DecoderOutline, dtype: torch.dtype, pool_dtype: torch.dtype, page_size: int, num_ranks: int
@@ -76,4 +79,6 @@ def _is_plain_product(product: ProductOutline, dtype: torch.dtype) -> bool:
 def _is_plain_tensor(value: Any, dtype: torch.dtype) -> bool:
     # Tensors that a library has packed have a layout of their own.
     is_strided = isinstance(value, torch.Tensor) and value.layout == torch.strided
-    return is_strided and value.dtype == dtype and value.is_contiguous()
+    return (
+        is_strided and value.dtype == dtype and value.is_contiguous() and value.data_ptr() % _ALIGNED_BYTES == 0
+    )
