@@ -19,7 +19,7 @@ from lockstep.ops.decoder_decode.hopper_shape import (
 )
 from lockstep.ops.decoder_decode.kernels.cuda import KERNELS
 
-pytestmark = pytest.mark.suite("cpu", seconds=25)
+pytestmark = pytest.mark.suite("cpu", seconds=12)
 
 QWEN_0_6B = DecoderShape(1024, 3072, 8, 2, 128, 28, 16, True, False)
 SHAPES = {
@@ -101,18 +101,19 @@ def test_refuses_what_it_cannot_serve(changed: dict[str, Any], told: str) -> Non
     assert reason is not None and told in reason
 
 
-@pytest.mark.parametrize("name", ["0.6B", "8B", "Llama 1B", "tiny"])
-def test_compiles(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "counts"), [("0.6B", ROW_COUNTS), ("8B", (1,)), ("Llama 1B", (2,)), ("tiny", (4,))]
+)
+def test_compiles(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     from triton import knobs
 
     from lockstep.ops.cuda_program import machine_code
     from lockstep.ops.decoder_decode.hopper import source
 
     shape, file = SHAPES[name], tmp_path / "kernel.cubin"
-    for rows in ROW_COUNTS:
+    for rows in counts:
         grid = grid_of(shape, rows, 132)
-        if grid is None:
-            continue
+        assert grid is not None
         file.write_bytes(machine_code(source(shape, grid), "sm_90a", None))
         assembly = subprocess.run(
             [knobs.nvidia.nvdisasm.path, "-c", file], capture_output=True, text=True, check=True
