@@ -292,6 +292,12 @@ def test_explain_says_what_the_kernel_of_the_whole_decoder_covers(capsys: Stream
     assert {groups[op]["kernel"] for op in inside} == {"decoder_forward.native"}
 
 
+def test_the_default_model_needs_no_fallback(capsys: Streams) -> None:
+    assert main(["ops", "explain", *SMALL, "--strict-kernels", "--json"]) == 0
+    (argmax,) = (group for group in printed_json(capsys) if group["op"] == "argmax")
+    assert argmax["kernel"] == "numpy" and len(argmax["where"]) == 2
+
+
 def test_explain_gives_every_other_kernel_a_reason(capsys: Streams) -> None:
     assert main(["ops", "explain", *SMALL, "--dtype", "float32", "--json"]) == 0
     groups = [group for group in printed_json(capsys) if not group["kernel"].startswith("parts")]

@@ -119,7 +119,8 @@ def bind_model(
         few_rows = bind_few_rows(build, model, config, attention)
     else:
         attention, attends = SpanBackend(), attention_inside(whole)
-    sampling = bind_sampling(build, facts.vocab_size)
+    # A kernel of a whole decoder gives scores in float32, bare ones too.
+    sampling = bind_sampling(build, facts.vocab_size, build.dtype if whole is None else torch.float32)
     sites, others = build.kernels.bindings[:num_sites], build.kernels.bindings[num_sites:]
     if whole is not None:
         sites = [whole, *(site.inside(whole) for site in sites if site is not whole)]
@@ -243,14 +244,14 @@ def bind_attention(
     )
 
 
-def bind_sampling(build: Build, vocab_size: int) -> SamplingKernels:
-    """The kernels that choose tokens from float32 scores, and from those that stay as the model rounds them."""
+def bind_sampling(build: Build, vocab_size: int, bare_dtype: torch.dtype) -> SamplingKernels:
+    """The kernels that choose tokens from float32 scores, and from those that stay as the model gives them."""
     argmax, sample, bare_argmax = (
         build.bind(op, where, dtype=dtype, vocab_size=vocab_size).kernel
         for op, where, dtype in (
             ("argmax", "sampler", torch.float32),
             ("top_k_top_p_sample", "sampler", torch.float32),
-            ("argmax", "sampler, bare scores", build.dtype),
+            ("argmax", "sampler, bare scores", bare_dtype),
         )
     )
     return SamplingKernels(argmax, sample, bare_argmax)
