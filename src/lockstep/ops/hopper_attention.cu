@@ -113,6 +113,15 @@ struct Seen {
     float total[STEPS][4], top[2], sum[2];
 };
 
+__device__ __forceinline__ void clear(Seen& seen) {
+#pragma unroll
+    for (u32 i = 0; i < STEPS; ++i) {
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) seen.total[i][j] = 0.0f;
+    }
+    seen.top[0] = seen.top[1] = nothing(), seen.sum[0] = seen.sum[1] = 0.0f;
+}
+
 // A tile that lies at `at`, its keys before its values; `keys` of the sequence's are there.
 __device__ __forceinline__ void see(
     Seen& seen, const Heads& q, u32 at, u32 first_key, u32 keys, float scale_log2, u32 lane) {
@@ -156,6 +165,24 @@ __device__ __forceinline__ void see(
             a[0] &= low, a[1] &= low, a[2] &= high, a[3] &= high;
         }
         multiply(seen.total[i], a, b0, b1);
+    }
+}
+
+// A warp's result to shared memory, PITCH between heads: its totals, and the top weight and the sum of each head.
+__device__ __forceinline__ void keep(Seen& seen, float2* weights, float* result, u32 lane) {
+#pragma unroll
+    for (u32 j = 0; j < 2; ++j) {
+        const u32 head = 2 * (lane % 4) + j;
+#pragma unroll
+        for (u32 across = 4; across < 32; across *= 2) seen.sum[j] += __shfl_xor_sync(ALL, seen.sum[j], across);
+        if (lane < 4) weights[head] = make_float2(seen.top[j], seen.sum[j]);
+        if (head < GROUP) {
+#pragma unroll
+            for (u32 i = 0; i < STEPS; ++i) {
+                result[head * PITCH + 16 * i + lane / 4] = seen.total[i][j];
+                result[head * PITCH + 16 * i + lane / 4 + 8] = seen.total[i][j + 2];
+            }
+        }
     }
 }
 

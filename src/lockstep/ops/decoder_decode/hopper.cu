@@ -573,12 +573,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
             Seen seen;
             if (works) {
                 q = heads_at(fresh, lane, false);
-#pragma unroll
-                for (u32 i = 0; i < STEPS; ++i) {
-#pragma unroll
-                    for (u32 j = 0; j < 4; ++j) seen.total[i][j] = 0.0f;
-                }
-                seen.top[0] = seen.top[1] = nothing(), seen.sum[0] = seen.sum[1] = 0.0f;
+                clear(seen);
             }
             for (u32 first = 0; first < item.tiles; first += STAGE_TILES) {
                 const u32 stage = take(ring);
@@ -617,24 +612,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
                 for (u32 i = 0; i < STEPS; ++i) read |= __float_as_uint(seen.total[i][0]);
                 give_back(ring, lane, works ? read : 0);
             }
-            if (works) {
-                float* result = results + warp * GROUP * PITCH;
-#pragma unroll
-                for (u32 j = 0; j < 2; ++j) {
-                    const u32 head = 2 * (lane % 4) + j;
-#pragma unroll
-                    for (u32 across = 4; across < 32; across *= 2)
-                        seen.sum[j] += __shfl_xor_sync(ALL, seen.sum[j], across);
-                    if (lane < 4) weights_of[warp][head] = make_float2(seen.top[j], seen.sum[j]);
-                    if (head < GROUP) {
-#pragma unroll
-                        for (u32 i = 0; i < STEPS; ++i) {
-                            result[head * PITCH + 16 * i + lane / 4] = seen.total[i][j];
-                            result[head * PITCH + 16 * i + lane / 4 + 8] = seen.total[i][j + 2];
-                        }
-                    }
-                }
-            }
+            if (works) keep(seen, weights_of[warp], results + warp * GROUP * PITCH, lane);
             meet();
             u64* part = given.words + PARTS_AT + blockIdx.x * PART_WORDS;
             for (u32 pair = thread; pair < PAIRS; pair += THREADS) {

@@ -64,7 +64,7 @@ class Program:
             [[0 if each is None else each.data_ptr() for each in _tensors(block)] for block in outline.blocks],
             dtype=torch.int64,
         ).to(self._device)
-        self.most_rows = most_rows(shape_of(outline, 16))
+        self.most_rows = most_rows(outline.hidden_size)
         self._exchanges: dict[DecodeGrid, torch.Tensor] = {}
 
     def step(
@@ -82,6 +82,7 @@ class Program:
         Raises KernelError for more rows than a kernel takes, and ValueError for a pool in another order.
         """
         outline, num_rows = self._outline, embedded_BD.shape[0]
+        embedded_BD, cos_BR2, sin_BR2 = (each.contiguous() for each in (embedded_BD, cos_BR2, sin_BR2))
         out_BD = torch.empty_like(embedded_BD)
         if num_rows == 0:
             return out_BD
@@ -93,9 +94,6 @@ class Program:
             exchange = self._exchanges[grid] = torch.zeros(
                 grid.words + 2, dtype=torch.int64, device=self._device
             )
-        given = (embedded_BD, cos_BR2, sin_BR2)
-        if not all(each.is_contiguous() for each in given):
-            embedded_BD, cos_BR2, sin_BR2 = (each.contiguous() for each in given)
         step = _Step(
             self._layers.data_ptr(),
             *(each.data_ptr() for each in (embedded_BD, cos_BR2, sin_BR2, pools, page_table_BP, num_keys_B)),

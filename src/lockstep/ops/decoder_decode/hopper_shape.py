@@ -99,12 +99,12 @@ def grid_of(shape: DecoderShape, num_rows: int, multiprocessors: int) -> DecodeG
     return DecodeGrid(rows, blocks, splits, stages, held, rest + stages * _STAGE_BYTES, words)
 
 
-def most_rows(shape: DecoderShape) -> int:
+def most_rows(hidden: int) -> int:
     """Rows of a step up to which the kernel is known to be faster than one kernel after the other.
 
     On one NVIDIA H100 80GB it was with rows of 1,024 numbers, up to 4 of them, and not with one row of 4,096.
     """
-    return 4 if shape.hidden <= 1024 else 0
+    return 4 if hidden <= 1024 else 0
 
 
 def _blocks(shape: DecoderShape, multiprocessors: int) -> int:

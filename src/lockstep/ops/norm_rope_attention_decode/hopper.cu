@@ -169,12 +169,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
         if (has_new) normalise_and_rotate(key, k_weights, eps, cos, sin, lane);
 
         Seen seen;
-#pragma unroll
-        for (u32 i = 0; i < STEPS; ++i) {
-#pragma unroll
-            for (u32 j = 0; j < 4; ++j) seen.total[i][j] = 0.0f;
-        }
-        seen.top[0] = seen.top[1] = nothing(), seen.sum[0] = seen.sum[1] = 0.0f;
+        clear(seen);
         for (u32 turn = 0; turn < turns; ++turn) {
             const u32 stage = turn % STAGES, at = ring + stage * TILE_BYTES;
             barrier_wait(full + 8 * stage, turn / STAGES % 2);
@@ -200,20 +195,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) attend(
             if (turn + STAGES < turns) copy(turn + STAGES);
         }
         float* result = reinterpret_cast<float*>(memory + warp * STAGES * TILE_BYTES);
-#pragma unroll
-        for (u32 j = 0; j < 2; ++j) {
-            const u32 head = 2 * (lane % 4) + j;
-#pragma unroll
-            for (u32 across = 4; across < 32; across *= 2) seen.sum[j] += __shfl_xor_sync(ALL, seen.sum[j], across);
-            if (lane < 4) weights_of[warp][head] = make_float2(seen.top[j], seen.sum[j]);
-            if (head < GROUP) {
-#pragma unroll
-                for (u32 i = 0; i < STEPS; ++i) {
-                    result[head * PITCH + 16 * i + lane / 4] = seen.total[i][j];
-                    result[head * PITCH + 16 * i + lane / 4 + 8] = seen.total[i][j + 2];
-                }
-            }
-        }
+        keep(seen, weights_of[warp], result, lane);
     } else if (lane < 8) {
         weights_of[warp][lane] = make_float2(nothing(), 0.0f);
     }

@@ -30,7 +30,7 @@ def _refuses(signature: Signature) -> str | None:
     reason = why_not(shape)
     if reason is not None:
         return reason
-    if most_rows(shape) == 0:
+    if most_rows(shape.hidden) == 0:
         return f"is not known to be faster than one kernel after the other with rows of {shape.hidden} numbers"
     from lockstep.ops.cuda_program import missing_compiler
 
