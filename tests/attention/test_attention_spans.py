@@ -10,7 +10,7 @@ import torch
 
 from lockstep.attention.backend import Span
 from lockstep.attention.paged_backend import FixedTables, PageTables
-from lockstep.attention.spans import Spans
+from lockstep.attention.spans import PlainMemory, Spans
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -61,13 +61,14 @@ def test_fixed_tables_hold_what_was_written_last(seed: int) -> None:
     chooser, copied = random.Random(seed), list[int]()
     tables = FixedTables(torch.zeros(8, dtype=torch.int32), 14, PAGE_SIZE)
 
-    def stage(array: np.ndarray) -> torch.Tensor:
-        copied.append(array.size)
-        return torch.from_numpy(array)
+    class Counting(PlainMemory):
+        def fill(self, target: torch.Tensor, array: np.ndarray) -> None:
+            copied.append(array.size)
+            super().fill(target, array)
 
     def write(lengths: list[int], pages_BP: np.ndarray) -> None:
         start_B = np.array(lengths, dtype=np.int64) - 1
-        tables.write(Spans(start_B, np.ones_like(start_B), pages_BP, PAGE_SIZE, stage))
+        tables.write(Spans(start_B, np.ones_like(start_B), pages_BP, PAGE_SIZE, Counting()))
         for row, length in enumerate(lengths):
             own = -(-length // PAGE_SIZE)
             assert tables.page_table_BP[row, :own].tolist() == pages_BP[row, :own].tolist()

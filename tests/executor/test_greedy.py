@@ -17,6 +17,8 @@ from lockstep.core.sampling import SamplingParams
 from lockstep.core.step import SequenceResult, SequenceStart, StepPlan, TokenSlice
 from lockstep.executor.hooks import SamplerHook
 from lockstep.executor.sampler import STOCK, SamplingKernels
+from lockstep.ops.contract import Kernel
+from lockstep.ops.registry import kernels
 
 pytestmark = pytest.mark.suite("cpu", seconds=20)
 
@@ -35,15 +37,30 @@ ASKING = SamplingKernels(
 )
 
 
+def choose_on_tape(
+    logits_RV: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch.Tensor
+) -> torch.Tensor:
+    """choose_greedy without asking the host which rows are nobody's."""
+    best_R, token_ids_R = logits_RV.max(-1)
+    last_tokens_S.index_copy_(0, owners_R, token_ids_R)
+    last_tokens_S[:1].zero_()
+    return torch.stack((token_ids_R.int(), (best_R + 0.0).view(torch.int32)))
+
+
+TOGETHER = SamplingKernels(choose_greedy=Kernel("choose_greedy", "test", choose_on_tape))
+ASKING_TOGETHER = SamplingKernels(choose_greedy=replace(kernels("choose_greedy")[0], asks_host=True))
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pair() -> tuple[Engine, Engine]:
+def pair(sampling: SamplingKernels = STOCK) -> tuple[Engine, Engine]:
     """One whose choices are recorded, and one whose choices are made kernel by kernel after the same replays."""
     layout = layout_named("llama")
-    return Engine(layout, with_graphs=True), Engine(layout, with_graphs=True, sampling=ASKING)
+    recorded = Engine(layout, with_graphs=True, sampling=sampling)
+    return recorded, Engine(layout, with_graphs=True, sampling=ASKING)
 
 
 def num_choices(engine: Engine) -> int:
@@ -54,7 +71,7 @@ def num_choices(engine: Engine) -> int:
 
 def last_tokens(engine: Engine) -> list[int]:
     """By slot, nobody's first."""
-    ids: torch.Tensor = engine.recipe.last_tokens._ids_S
+    ids: torch.Tensor = engine.recipe.last_tokens.ids_S
     return ids.tolist()
 
 
@@ -66,9 +83,10 @@ def found(engine: Engine, plan: StepPlan) -> tuple[list[SequenceResult], list[in
     return list(step.result().sequences), best
 
 
-def test_answers_are_bit_equal_to_those_of_separate_kernels() -> None:
+@pytest.mark.parametrize("sampling", [STOCK, TOGETHER], ids=["in parts", "together"])
+def test_answers_are_bit_equal_to_those_of_separate_kernels(sampling: SamplingKernels) -> None:
     """Batches of six down to one, so that most are padded; only the choice of each is replayed or not."""
-    one, other = pair()
+    one, other = pair(sampling)
     script = plans({0: 3, 1: 9, 2: 1, 3: 4, 4: 12, 5: 2}, [4, 0, 2, 5, 1], 12, BARE)
     for plan in script:
         assert found(one, plan) == found(other, plan)
@@ -79,8 +97,9 @@ def test_answers_are_bit_equal_to_those_of_separate_kernels() -> None:
     )
 
 
-def test_the_recorded_choice_has_the_bits_of_the_eager_one() -> None:
-    engine = Engine(layout_named("qwen3"), with_graphs=True)
+@pytest.mark.parametrize("sampling", [STOCK, TOGETHER], ids=["in parts", "together"])
+def test_the_recorded_choice_has_the_bits_of_the_eager_one(sampling: SamplingKernels) -> None:
+    engine = Engine(layout_named("qwen3"), with_graphs=True, sampling=sampling)
     with torch.inference_mode():
         for plan in plans({0: 3, 1: 9, 2: 5}, [], 4, BARE):
             engine.runner.execute(plan)
@@ -269,3 +288,24 @@ def test_the_largest_size_is_recorded_before_others_of_many_rows(monkeypatch: py
         assert engine.graphs.step(1) is engine.graphs.step(1) and engine.graphs.missing == [2, 4, 6]
         assert len(engine.graphs.step(2).rows.token_ids_T) == 2 and engine.graphs.missing == [4]
     assert all(isinstance(graph, TapeGraph) for graph in engine.made) and len(engine.made) == 6
+
+
+def test_a_choice_that_asks_the_host_is_made_in_parts_beside_the_graph() -> None:
+    one, other = pair(ASKING_TOGETHER)
+    for plan in plans({0: 3, 1: 9}, [], 3, BARE):
+        assert found(one, plan) == found(other, plan)
+    assert len(one.made) == len(other.made), "no choice was recorded"
+
+
+def test_one_kernel_of_all_that_a_choice_takes_is_the_one_that_is_recorded() -> None:
+    seen: list[int] = []
+
+    def choose(logits_RV: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch.Tensor) -> torch.Tensor:
+        seen.append(len(logits_RV))
+        return choose_on_tape(logits_RV, owners_R, last_tokens_S)
+
+    sampling = SamplingKernels(choose_greedy=Kernel("choose_greedy", "test", choose))
+    engine, _ = pair(sampling)
+    for plan in plans({0: 3, 1: 9}, [], 3, BARE):
+        engine.runner.execute(plan)
+    assert set(seen) == {2} and num_choices(engine) == 3

@@ -71,6 +71,8 @@ class LateTransfers(Transfers):
         self.queue.waiting.append(lambda: np.copyto(host.numpy(), kept))
         return host
 
+    _land_words = _land
+
 
 def place(fetched: Fetched) -> int:
     assert fetched._host is not None

@@ -104,7 +104,7 @@ def check_not_a_number(seed: int) -> list[str]:
 def main(seed: int) -> int:
     torch.set_num_threads(1)
     failures: list[str] = []
-    for op in ("argmax", "top_k_top_p_sample"):
+    for op in ("argmax", "choose_greedy", "copy_words", "top_k_top_p_sample"):
         kernel = next(kernel for kernel in kernels(op) if kernel.provider == "triton")
         cases = list(dtypes_in_turn(contracts()[op].cases()))
         report = check_kernel(replace(contracts()[op], cases=partial(iter, cases)), kernel, seed=seed)

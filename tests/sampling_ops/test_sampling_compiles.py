@@ -17,10 +17,13 @@ MI300 = ("hip", "gfx942", 64)
 PROGRAMS = (
     ("argmax", "_best_of_tile"),
     ("argmax", "_best_of_tiles"),
+    ("choose_greedy", "_keep_best"),
+    ("copy_words", "_copy"),
     ("top_k_top_p_sample", "_weigh"),
     ("top_k_top_p_sample", "_gather"),
     ("top_k_top_p_sample", "_draw"),
 )
+READING = (("argmax", "_best_of_tile"), ("top_k_top_p_sample", "_weigh"), ("top_k_top_p_sample", "_gather"))
 POINTERS = {
     "logits_ptr": "*fp32",
     "values_ptr": "*fp32",
@@ -29,6 +32,9 @@ POINTERS = {
     "min_p_ptr": "*fp32",
     "draw_ptr": "*fp64",
     "counts_ptr": "*i32",
+    "packed_ptr": "*i32",
+    "source_ptr": "*i32",
+    "target_ptr": "*i32",
     "num_candidates_ptr": "*i32",
 }
 
@@ -48,6 +54,7 @@ def compiled(op: str, program: str, target: Any, *, one_tile: bool = False, dtyp
         "BLOCK": 8192,
         "TILES": 1 if one_tile else 32,
         "CHUNK": 1024,
+        "PDL": target[0] == "cuda",
         **({"num_tiles": 1} if one_tile else {}),
     }
     names = function.arg_names
@@ -71,7 +78,7 @@ def test_compiles_for_two_vendors_and_for_a_single_tile(op: str, program: str) -
     assert "s_endpgm" in compiled(op, program, MI300)
 
 
-@pytest.mark.parametrize(("op", "program"), [PROGRAMS[0], PROGRAMS[2], PROGRAMS[3]])
+@pytest.mark.parametrize(("op", "program"), READING)
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
 def test_logits_are_read_16_bytes_at_a_time(op: str, program: str, dtype: str) -> None:
     ptx = compiled(op, program, HOPPER, dtype=dtype)

@@ -15,7 +15,7 @@ import torch
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, FreshHeads, SingleTokens, Span
 from lockstep.attention.part import AttentionPart
 from lockstep.attention.sharing import Sharing, most_tiles
-from lockstep.attention.spans import Spans, Stage
+from lockstep.attention.spans import Spans, Stage, Stager
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.ops.attention_decode_shared.tiles import ROWS
@@ -49,12 +49,12 @@ class SharedTables:
         """The tables of one step."""
         return cls(len(sharing.shared_keys_B), len(sharing.tiles_TR), device, sharing, stage)
 
-    def write(self, sharing: Sharing | None, stage: Stage) -> None:
+    def write(self, sharing: Sharing | None, stager: Stager) -> None:
         """Makes this what is shared, in stream order. What is there already is not written again."""
         memory = self._host(sharing, self.tiles_TR.shape[0])
         if not np.array_equal(memory, self._written):
             self._written = memory
-            self._memory.copy_(stage(memory), non_blocking=True)
+            stager.fill(self._memory, memory)
 
     def _host(self, sharing: Sharing | None, num_tiles: int) -> np.ndarray:
         memory = np.zeros(self._first_tile + num_tiles * ROWS, dtype=np.int32)
@@ -127,7 +127,7 @@ class FixedTables:
         if np.array_equal(page_ids_BP, written_BP):
             return
         written_BP[:] = page_ids_BP
-        self.page_table_BP[:count, :most].copy_(spans.stage(page_ids_BP), non_blocking=True)
+        spans.stager.fill(self.page_table_BP[:count, :most], page_ids_BP)
 
 
 @dataclass(frozen=True, slots=True)

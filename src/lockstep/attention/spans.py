@@ -6,7 +6,7 @@ Shapes: B sequences, P pages of the longest one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,31 @@ from lockstep.attention.backend import Span
 
 Stage = Callable[[np.ndarray], torch.Tensor]
 """Gives an array as a host tensor that the device may copy from later."""
+
+
+class Stager(Protocol):
+    """Brings what the host planned to the device."""
+
+    def stage(self, array: np.ndarray) -> torch.Tensor:
+        """The array as a host tensor that the device may copy from later."""
+        ...
+
+    def fill(self, target: torch.Tensor, array: np.ndarray) -> None:
+        """Copies the array to where the device reads it, in stream order."""
+        ...
+
+
+class PlainMemory:
+    """The array itself, for devices that copy at once."""
+
+    def stage(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def fill(self, target: torch.Tensor, array: np.ndarray) -> None:
+        target.copy_(torch.from_numpy(array))
+
+
+PLAIN = PlainMemory()
 
 
 class Spans(Sequence[Span]):
@@ -30,7 +55,7 @@ class Spans(Sequence[Span]):
         num_tokens_B: np.ndarray,
         page_ids_BP: np.ndarray,
         page_size: int,
-        stage: Stage = torch.from_numpy,
+        stager: Stager = PLAIN,
         num_wanted_B: np.ndarray | None = None,
     ) -> None:
         self.start_B = start_B
@@ -38,7 +63,7 @@ class Spans(Sequence[Span]):
         self.num_keys_B = start_B + num_tokens_B
         self.page_ids_BP = page_ids_BP
         self.page_size = page_size
-        self.stage = stage
+        self.stager = stager
         self.num_wanted_B = num_tokens_B if num_wanted_B is None else num_wanted_B
 
     @classmethod
@@ -54,6 +79,11 @@ class Spans(Sequence[Span]):
         for row_P, span in zip(page_ids_BP, spans, strict=True):
             row_P[: len(span.page_ids)] = span.page_ids
         return cls(start_B, num_tokens_B, page_ids_BP, page_size)
+
+    @property
+    def stage(self) -> Stage:
+        """Gives arrays of the step to its device."""
+        return self.stager.stage
 
     @property
     def most_pages(self) -> int:
@@ -88,7 +118,7 @@ class Spans(Sequence[Span]):
     def __getitem__(self, index: int | slice) -> Span | Spans:
         if isinstance(index, slice):
             rows = (self.start_B[index], self.num_tokens_B[index], self.page_ids_BP[index])
-            return Spans(*rows, self.page_size, self.stage, self.num_wanted_B[index])
+            return Spans(*rows, self.page_size, self.stager, self.num_wanted_B[index])
         num_pages = -(-int(self.num_keys_B[index]) // self.page_size)
         page_ids = self.page_ids_BP[index, :num_pages].tolist()
         return Span(int(self.start_B[index]), int(self.num_tokens_B[index]), page_ids)

@@ -61,7 +61,7 @@ class DecodeTables(_TablePart):
         batch = Spans.of(spans, plan.page_size)
         plan.write(batch)
         if plan.shared is not None:
-            plan.shared.write(self._sharing(batch), batch.stage)
+            plan.shared.write(self._sharing(batch), batch.stager)
 
     def run(
         self,

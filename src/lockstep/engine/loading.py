@@ -19,6 +19,7 @@ from lockstep.executor.threads import SHARING_FULL_SHARE, ThreadGovernor
 from lockstep.layers.build import Build, Place, Slice, Weights, fill_places
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
+from lockstep.ops.contract import Kernel
 from lockstep.ops.decoder_decode.signature import signature_of
 from lockstep.ops.grouped_weight import GroupedWeight
 from lockstep.ops.registry import require_providers
@@ -40,6 +41,7 @@ class BoundModel:
     few_rows: Binding | None
     attention: AttentionBackend
     sampling: SamplingKernels
+    copy_words: Kernel
     bindings: tuple[Binding, ...]
 
 
@@ -51,6 +53,7 @@ class LoadedModel:
     model: DecoderModel
     attention: AttentionBackend
     sampling: SamplingKernels
+    copy_words: Kernel
     governor: ThreadGovernor
     bindings: tuple[Binding, ...]
 
@@ -90,7 +93,9 @@ def load_model(
         governor = ThreadGovernor(config.device.threads, fused.set_num_threads, full_share=SHARING_FULL_SHARE)
     elif bound.few_rows is not None:
         model = FewRowsFused(bound.model, bound.few_rows.kernel)
-    return LoadedModel(build, model, bound.attention, bound.sampling, governor, bound.bindings)
+    return LoadedModel(
+        build, model, bound.attention, bound.sampling, bound.copy_words, governor, bound.bindings
+    )
 
 
 def bind_model(
@@ -121,12 +126,13 @@ def bind_model(
         attention, attends = SpanBackend(), attention_inside(whole)
     # A kernel of a whole decoder gives scores in float32, bare ones too.
     sampling = bind_sampling(build, facts.vocab_size, build.dtype if whole is None else torch.float32)
+    copy_words = build.bind("copy_words", "rows and tokens of a step", dtype=torch.int32).kernel
     sites, others = build.kernels.bindings[:num_sites], build.kernels.bindings[num_sites:]
     if whole is not None:
         sites = [whole, *(site.inside(whole) for site in sites if site is not whole)]
     bindings = (*sites, *attends, *others)
     require_served(config.kernels.forced, bindings)
-    return BoundModel(model, whole, few_rows, attention, sampling, bindings)
+    return BoundModel(model, whole, few_rows, attention, sampling, copy_words, bindings)
 
 
 def new_build(
@@ -254,7 +260,10 @@ def bind_sampling(build: Build, vocab_size: int, bare_dtype: torch.dtype) -> Sam
             ("argmax", "sampler, bare scores", bare_dtype),
         )
     )
-    return SamplingKernels(argmax, sample, bare_argmax)
+    choose_greedy = build.bind_fused(
+        "choose_greedy", "sampler, bare scores", dtype=bare_dtype, vocab_size=vocab_size
+    )
+    return SamplingKernels(argmax, sample, bare_argmax, None if choose_greedy is None else choose_greedy.kernel)
 
 
 class _GovernedWeights:

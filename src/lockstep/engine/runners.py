@@ -144,7 +144,11 @@ class Runners:
             max_sequences=self._config.scheduler.max_running_requests,
             windows=loaded.build.windows,
             eos_token_ids=self._eos_token_ids,
-            transfers=Transfers(loaded.build.device, partial(self._platform.new_event, self._rank)),
+            transfers=Transfers(
+                loaded.build.device,
+                partial(self._platform.new_event, self._rank),
+                loaded.copy_words.function,
+            ),
             sampling=loaded.sampling,
             hooks=hooks,
             probe=self._probe,

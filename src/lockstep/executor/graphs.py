@@ -37,6 +37,8 @@ _NOT_ASKED = (
     "attention_extend",
     "norm_rope_attention_decode",
     "argmax",
+    "choose_greedy",
+    "copy_words",
     "top_k_top_p_sample",
     "decoder_decode",
     "decoder_forward",
@@ -144,8 +146,14 @@ class RecordedStep:
 
     def choose(self, logits_TV: torch.Tensor) -> torch.Tensor:
         """The best token of each row, kept for the next step and packed as Chosen packs it, without the graph."""
-        best_T, token_ids_T = self._recipe.sampling.argmax_of(logits_TV).function(logits_TV)
-        self._recipe.last_tokens.keep_padded(self.rows.owners_T, token_ids_T)
+        sampling, last_tokens = self._recipe.sampling, self._recipe.last_tokens
+        if sampling.choose_greedy is not None:
+            chosen_2T: torch.Tensor = sampling.choose_greedy.function(
+                logits_TV, self.rows.owners_T, last_tokens.ids_S
+            )
+            return chosen_2T
+        best_T, token_ids_T = sampling.argmax_of(logits_TV).function(logits_TV)
+        last_tokens.keep_padded(self.rows.owners_T, token_ids_T)
         return Chosen(token_ids_T, best_T).packed()
 
     def replay(self) -> Computed:
@@ -155,7 +163,8 @@ class RecordedStep:
 
     def _can_choose(self, logits_TV: torch.Tensor) -> bool:
         """True when the choice can be recorded, once it has run."""
-        if self._recipe.sampling.argmax_of(logits_TV).asks_host:
+        sampling = self._recipe.sampling
+        if (sampling.choose_greedy or sampling.argmax_of(logits_TV)).asks_host:
             return False
         self.choose(logits_TV)
         return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lockstep.attention.spans import Spans, Stage
+from lockstep.attention.spans import PLAIN, Spans, Stager
 from lockstep.core.step import StepPlan, TokenSlice
 from lockstep.executor.sequences import NOBODY, SequenceTable
 
@@ -40,7 +40,7 @@ class StepRows:
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies the rows of a step of the same size, padding included, to this memory, in stream order."""
-        self.memory.copy_(inputs.spans.stage(inputs.memory), non_blocking=True)
+        inputs.spans.stager.fill(self.memory, inputs.memory)
 
 
 def padding_rows(num_rows: int, device: torch.device) -> StepRows:
@@ -80,16 +80,16 @@ class LastTokens:
     """
 
     def __init__(self, max_sequences: int, device: torch.device) -> None:
-        self._ids_S = torch.zeros(max_sequences + 1, dtype=torch.int64, device=device)
-        self._nobody = self._ids_S[NOBODY]
+        self.ids_S = torch.zeros(max_sequences + 1, dtype=torch.int64, device=device)
+        self._nobody = self.ids_S[NOBODY]
 
     def resolve(self, rows: StepRows) -> torch.Tensor:
         """The token of every row [T]."""
-        return self._ids_S.index_select(0, rows.sources_T) + rows.token_ids_T
+        return self.ids_S.index_select(0, rows.sources_T) + rows.token_ids_T
 
     def keep(self, owners_R: torch.Tensor, token_ids_R: torch.Tensor) -> None:
         """These sequences sampled these tokens."""
-        self._ids_S.index_copy_(0, owners_R, token_ids_R)
+        self.ids_S.index_copy_(0, owners_R, token_ids_R)
 
     def keep_padded(self, owners_T: torch.Tensor, token_ids_T: torch.Tensor) -> None:
         """The same where some of the rows are nobody's: their tokens are forgotten."""
@@ -103,7 +103,7 @@ def build_inputs(
     page_size: int,
     *,
     num_rows: int | None = None,
-    stage: Stage = torch.from_numpy,
+    stager: Stager = PLAIN,
 ) -> StepInputs:
     """Rows of all slices, one after the other, in the plan's order, then padding up to `num_rows` if given."""
     slices = plan.slices
@@ -139,7 +139,7 @@ def build_inputs(
     most_pages = -(-int((start_B + num_tokens_B).max(initial=0)) // page_size)
     num_wanted_B = np.where(sequences.is_special_S[owner_B], num_tokens_B, samples_B)
     page_ids_BP = sequences.page_ids_SP[owner_B, :most_pages]
-    spans = Spans(start_B, num_tokens_B, page_ids_BP, page_size, stage, num_wanted_B)
+    spans = Spans(start_B, num_tokens_B, page_ids_BP, page_size, stager, num_wanted_B)
     return StepInputs(memory, num_keys_T, facts_5T, total, spans, owner_B, first_row_B, samples_B)
 
 

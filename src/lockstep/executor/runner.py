@@ -112,7 +112,7 @@ class ModelRunner:
             self._sequences,
             self._pool.page_size,
             num_rows=num_graph_rows,
-            stage=self._transfers.stage,
+            stager=self._transfers,
         )
         if self._probe is not None:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]

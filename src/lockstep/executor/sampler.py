@@ -30,12 +30,14 @@ _ALIGNED = 16
 class SamplingKernels:
     """Kernels of the operators argmax and top_k_top_p_sample. Left out, those of torch, which run anywhere.
 
-    `bare_argmax` serves scores that nobody edits, in the dtype that the model gives them in.
+    `bare_argmax` serves scores that nobody edits, in the dtype that the model gives them in. So does `choose_greedy`,
+    which does what is done with the best of them, too; None where there is no kernel for all of it.
     """
 
     argmax: Kernel = STOCK_ARGMAX[0]
     sample: Kernel = STOCK_SAMPLE[0]
     bare_argmax: Kernel = STOCK_ARGMAX[0]
+    choose_greedy: Kernel | None = None
 
     def argmax_of(self, logits_RV: torch.Tensor) -> Kernel:
         """The one that serves these scores."""

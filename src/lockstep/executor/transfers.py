@@ -8,9 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from lockstep.ops.copy_words.reference import copy_words
 from lockstep.platforms.base import DeviceEvent
 
 NewEvent = Callable[[], DeviceEvent | None]
+CopyWords = Callable[[torch.Tensor, torch.Tensor], None]
+"""A kernel of copy_words."""
+
 _ALIGNED_BYTES = 64
 
 
@@ -19,11 +23,15 @@ class Transfers:
 
     What a device copies from must stay as it is until the copy has run. So arrays are staged in pinned memory that is
     taken again two steps later, after that step's event; a step that comes sooner waits. Where `new_event` gives
-    None, work has run when its submission returns, and nothing is pinned or waited for.
+    None, work has run when its submission returns, and nothing is pinned or waited for. What every step copies goes by
+    `copy`: a device begins a kernel sooner than a copy.
     """
 
-    def __init__(self, device: torch.device, new_event: NewEvent = lambda: None) -> None:
+    def __init__(
+        self, device: torch.device, new_event: NewEvent = lambda: None, copy: CopyWords = copy_words
+    ) -> None:
         self.device = device
+        self._copy = copy
         self._new_event = new_event
         self._is_immediate = new_event() is None
         self._rooms = (_Room(), _Room())
@@ -47,6 +55,10 @@ class Transfers:
         """The array as a tensor that the device may copy from until the step has run. Do not write to either."""
         return torch.from_numpy(array) if self._is_immediate else self._rooms[self._turn].put(array)
 
+    def fill(self, target: torch.Tensor, array: np.ndarray) -> None:
+        """Copies the array to memory of the device that has its shape and its dtype, in stream order."""
+        self._copy(_as_words(self.stage(array)), _as_words(target))
+
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """The array on the device, in stream order."""
         return self.stage(array).to(self.device, non_blocking=True)
@@ -60,10 +72,10 @@ class Transfers:
         return self._land(self._new_memory(tensor.shape, tensor.dtype), tensor)
 
     def fetch(self, tensor: torch.Tensor) -> Fetched:
-        """The same for what every step has, into memory that is used again once it was read."""
+        """The same for what every step has, packed int32, into memory that is used again once it was read."""
         landings = self._landings[tensor.shape, tensor.dtype]
         host = landings.pop() if landings else self._new_memory(tensor.shape, tensor.dtype)
-        return Fetched(self._land(host, tensor), landings)
+        return Fetched(self._land_words(host, tensor), landings)
 
     def _new_memory(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=not self._is_immediate)
@@ -71,6 +83,16 @@ class Transfers:
     def _land(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """Has the host tensor filled with these values."""
         return host.copy_(tensor, non_blocking=not self._is_immediate)
+
+    def _land_words(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        self._copy(_as_words(tensor), _as_words(host))
+        return host
+
+
+def _as_words(values: torch.Tensor) -> torch.Tensor:
+    """The same memory as rows of 32 bits: what lies apart in it are the rows of a matrix, if anything."""
+    rows = values if values.dim() == 2 else values.view(1, -1)
+    return rows.view(torch.int32)
 
 
 class Fetched:
