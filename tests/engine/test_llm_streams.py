@@ -14,7 +14,9 @@ from tiny_llm import assert_same, make_tiny, open_tiny, random_prompts
 
 from lockstep.core.errors import EngineDead
 from lockstep.core.sampling import Grammar, SamplingParams
+from lockstep.core.step import StepPlan
 from lockstep.engine.llm import LLM, Completion
+from lockstep.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -129,6 +131,27 @@ def test_more_prompts_than_the_queue_holds(path: Path) -> None:
     with open_tiny(path, max_queued_requests=2, max_running_requests=3) as narrow, open_tiny(path) as wide:
         assert_same(narrow.generate(prompts, params), wide.generate(prompts, params))
         assert_idle(narrow, num_aborted=0)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_of_many_prompts_the_first_begin_before_the_last_are_taken_in(
+    path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Unless their order is not that of their arrival."""
+    prompts, waiting, plan = random_prompts([10] * 30), list[int](), Scheduler.plan
+
+    def noted(self: Scheduler) -> StepPlan | None:
+        waiting.append(self.num_waiting)
+        return plan(self)
+
+    params = replace(GREEDY, max_tokens=4)
+    with open_tiny(path) as at_once:
+        expected = at_once.generate(prompts, params)
+    with open_tiny(path, chunked_prefill_size=40, max_running_requests=30, schedule_policy=policy) as llm:
+        monkeypatch.setattr(Scheduler, "plan", noted)
+        assert_same(llm.generate(prompts, params), expected)
+        assert_idle(llm, num_aborted=0)
+    assert waiting[0] == (8 if policy == "fcfs" else 30)
 
 
 async def collect(llm: LLM, prompt: list[int], params: SamplingParams) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -177,6 +178,12 @@ class SamplingParams:
             limit = f"at least {low}" if high is None else f"from {low} to {high}"
             raise InvalidRequest(f"{name} must be {limit}, not {value}", param=name)
         self._set(name, value)
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """The same with this seed, from 0 to 2**64 - 1, without checking once more what has been checked."""
+        seeded = copy(self)
+        object.__setattr__(seeded, "seed", seed)
+        return seeded
 
     @property
     def greedy(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import threading
 import weakref
 from collections import deque
@@ -333,12 +334,23 @@ class LLM:
                     return found
 
     def _take_commands(self) -> list[Submit | Abort | FlushCache]:
-        """Commands in order, up to the first request for which the queue has no room yet."""
+        """Commands in order, up to the first request for which the queue has no room yet.
+
+        Of many requests no more than two steps can begin, unless their order is another: taking them in takes the host
+        as long as small steps take a device, which can compute the first ones meanwhile.
+        """
         scheduler = self._engine.loop.core.scheduler
-        room = scheduler.limits.max_queued_requests - scheduler.num_waiting
+        limits = scheduler.limits
+        room = limits.max_queued_requests - scheduler.num_waiting
+        tokens_left = 2 * limits.chunk_tokens if limits.policy == "fcfs" else math.inf
         taken: list[Submit | Abort | FlushCache] = []
-        while self._commands and (room > 0 or not isinstance(self._commands[0], Submit)):
-            room -= isinstance(self._commands[0], Submit)
+        while self._commands:
+            command = self._commands[0]
+            if isinstance(command, Submit):
+                if room <= 0 or tokens_left <= 0:
+                    break
+                room -= 1
+                tokens_left -= len(command.request.prompt_token_ids)
             taken.append(self._commands.popleft())
         return taken
 

@@ -93,7 +93,7 @@ class EngineLoop:
         if request.params.seed is not None:
             return request
         seed = (self._seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % 2**64
-        return replace(request, params=replace(request.params, seed=seed))
+        return replace(request, params=request.params.with_seed(seed))
 
     def _expired(self) -> list[str]:
         expired = []

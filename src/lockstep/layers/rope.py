@@ -109,13 +109,15 @@ class RotaryEmbedding:
     def __init__(self, build: Build, spec: RopeSpec) -> None:
         frequencies_R2, factor = spec.frequencies()
         angles = torch.outer(torch.arange(build.context_length, dtype=torch.float32), frequencies_R2)
-        self._cos = (angles.cos() * factor).to(build.device)
-        self._sin = (angles.sin() * factor).to(build.device)
+        # In one piece, so that one kernel looks both up.
+        self._cos_sin = (torch.stack((angles.cos(), angles.sin())) * factor).to(build.device)
 
     def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position, for a kernel of a whole decoder."""
-        return self._cos, self._sin
+        cos, sin = self._cos_sin.unbind()
+        return cos, sin
 
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R2], float32, of each row's position."""
-        return self._cos.index_select(0, positions_T), self._sin.index_select(0, positions_T)
+        cos, sin = self._cos_sin.index_select(1, positions_T).unbind()
+        return cos, sin
