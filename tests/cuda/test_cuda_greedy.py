@@ -57,7 +57,7 @@ def test_replays_give_the_eager_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         step = self.step(inputs.facts_5T.shape[1])
         hidden_TD, logits_TV = step.run()
         assert computed.logits_TV is not None and computed.choice is not None
-        assert torch.equal(computed.hidden_TD, hidden_TD) and torch.equal(computed.logits_TV, logits_TV)
+        assert torch.equal(computed.hidden_RD, hidden_TD) and torch.equal(computed.logits_TV, logits_TV)
         replayed, ids_S = computed.choice.replay().clone(), self._recipe.last_tokens.ids_S
         kept = ids_S.clone()
         assert torch.equal(step.choose(logits_TV), replayed) and torch.equal(ids_S, kept) and kept[0] == 0

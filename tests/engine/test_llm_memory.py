@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tiny_llm import make_tiny, open_tiny, random_prompts
 
 from lockstep.core.sampling import SamplingParams
@@ -38,6 +40,25 @@ def test_every_part_is_told(tmp_path: Path) -> None:
         # Measuring had a pool of its own: what was cached is as it was.
         after = llm.generate([prompt], params)[0]
         assert after.num_cached_tokens > 0 and after.token_ids == before.token_ids
+
+
+def test_what_is_measured_computes_all_rows(tmp_path: Path) -> None:
+    """As a step does that wants them all: fewer rows of the last block would take less than such a step."""
+    make_tiny(tmp_path)
+    with open_tiny(tmp_path, max_running_requests=4, force_kernel=["decoder_forward=reference"]) as llm:
+        rank = llm._engine.rank
+        assert rank.sizing is not None and rank.pool is not None
+        layer = rank.core.executor._model._layers[-1]  # type: ignore[attr-defined]
+        num_rows, mlp = [], layer._mlp
+
+        def watched(ctx: Any, update: Any, residual_TD: torch.Tensor) -> Any:
+            num_rows.append(len(residual_TD))
+            return mlp(ctx, update, residual_TD)
+
+        layer._mlp = watched
+        llm.generate(random_prompts([40]), SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+        rank.sizing.measure()
+        assert num_rows == [1, 255, 4 * 63]
 
 
 def test_a_device_that_is_measured_gets_a_pool_that_fits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from tiny_llm import assert_same, make_tiny, open_tiny, random_prompts
 
 from lockstep.core.errors import ConfigError, EngineDead, IntegrityError
+from lockstep.core.probe import ProbePoint
 from lockstep.core.request import Request
 from lockstep.core.sampling import SamplingParams
 from lockstep.engine.assembly import Engine
@@ -50,6 +52,35 @@ def test_two_ranks_answer_like_one(architecture: str, overrides: dict[str, Any],
         llm.flush_cache()
         assert_same(llm.generate(prompts, PARAMS), expected)
     assert not worker.is_running(), "close() leaves no worker behind"
+
+
+class Watcher:
+    """A probe of the last block's output product; it keeps how many rows it was shown, and how many there were."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def wants(self, point: ProbePoint) -> bool:
+        return point.name == "model.layers.1.self_attn.o_proj"
+
+    def begin_step(self, step_id: int, rows: tuple[tuple[int, int], ...]) -> None:
+        self._num_rows = len(rows)
+
+    def record(self, point: ProbePoint, value: Any) -> None:
+        self.seen.append((self._num_rows, len(value)))
+
+
+def test_a_probe_on_the_first_rank_is_shown_all_rows(tmp_path: Path) -> None:
+    """The last block computes few rows of a prompt, on all ranks; or, with a probe on one of them, all on all."""
+    make_tiny(tmp_path)
+    prompts, params = random_prompts((1, 5, 40)), replace(PARAMS, prompt_logprobs=None)
+    with open_tiny(tmp_path) as llm:
+        expected = llm.generate(prompts, params)
+    watcher = Watcher()
+    for probe in (None, watcher):
+        with open_tiny(tmp_path, tp=2, probe=probe) as llm:
+            assert_same(llm.generate(prompts, params), expected)
+    assert all(found == wanted for wanted, found in watcher.seen) and max(watcher.seen)[0] > 40
 
 
 def test_a_killed_worker_ends_the_engine_with_a_clear_error(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class Engine:
         shares: bool = False,
         fresh: Callable[..., None] | None = None,
         sampling: SamplingKernels = STOCK,
+        wants_all: bool = False,
     ) -> None:
         platform = load_platform("cpu")
         self.selector = TapeSelector(platform.capabilities(), ("torch",), only=True)
@@ -87,6 +88,7 @@ class Engine:
             self.pool,
             last_tokens,
             most_rows=MOST_PIECED_ROWS,
+            most_sequences=MOST_ROWS + 1,
             windows=self.build.windows,
             device=HOST,
             new_graph=memory.new,
@@ -104,6 +106,7 @@ class Engine:
             transfers=Transfers(HOST),
             sampling=sampling,
             graphs=self.recorded,
+            wants_all=wants_all,
         )
 
     def _new_graph(self, beside: Any) -> TapeGraph:

@@ -21,7 +21,7 @@ from lockstep.ops.contract import Kernel
 pytestmark = pytest.mark.suite("cpu", seconds=2)
 
 PAGE_SIZE, MOST_ROWS, BLOCKS = 4, 3, 2
-HIDDEN = torch.full((1,), 7.0)
+HIDDEN = torch.tensor([7.0, 8.0, 9.0])
 
 
 class Layers:
@@ -77,9 +77,13 @@ class Fused:
         made = Kernel("decoder_decode", "mine", kernel, prepare=prepare, opaque=True)
         self.model = FewRowsFused(cast(DecoderModel, Layers()), made)
 
-    def run(self, attention: AttentionBackend, plan: Any, rows: int) -> torch.Tensor:
+    def run(
+        self, attention: AttentionBackend, plan: Any, rows: int, wanted_R: torch.Tensor | None = None
+    ) -> torch.Tensor:
         numbers = torch.arange(rows) + 1
-        return self.model.forward(ForwardContext(numbers, numbers, attention, plan, self.pool), numbers)
+        return self.model.forward(
+            ForwardContext(numbers, numbers, attention, plan, self.pool, wanted_R), numbers
+        )
 
 
 def planned(attention: PagedBackend, *spans: Span) -> Any:
@@ -101,8 +105,15 @@ def test_single_tokens_go_to_the_kernel() -> None:
     for block, layer in enumerate(fused.pool.layers):
         layer.k_NPSH.fill_(block), layer.v_NPSH.fill_(-block - 1)
         assert (kv[block, 0] == block).all() and (kv[block, 1] == -block - 1).all()
-    assert fused.model.logits(HIDDEN) == 8
+    assert fused.model.logits(HIDDEN).tolist() == [8, 9, 10]
     assert fused.model.config == "config" and fused.model.head == "head"
+
+
+def test_wanted_rows_of_single_tokens() -> None:
+    fused, attention = Fused(), backend()
+    plan = planned(attention, *(single(at, at) for at in range(3)))
+    assert fused.run(attention, plan, 3, torch.tensor([2, 0])).tolist() == [9, 7]
+    assert len(fused.calls) == 1
 
 
 def test_padding_of_a_recorded_step_is_known_to_the_kernel() -> None:

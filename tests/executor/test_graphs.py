@@ -79,12 +79,12 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str, num_sequence
         step = engine.graphs.step(num_rows)
         step.fill(build_inputs(plan, sequences, PAGE_SIZE, num_rows=num_rows))
         found = step.replay()
-        assert found.logits_TV is not None and found.hidden_TD.isfinite().all()
-        hidden_TD, logits_TV = found.hidden_TD.clone(), found.logits_TV.clone()
+        assert found.logits_TV is not None and found.hidden_RD.isfinite().all()
+        hidden_TD, logits_TV = found.hidden_RD.clone(), found.logits_TV.clone()
         again_TD, again_TV = step.run()
         assert torch.equal(again_TD, hidden_TD) and torch.equal(again_TV, logits_TV)
         step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, num_rows=num_rows))
-        assert not torch.equal(step.replay().hidden_TD[:num_sequences], hidden_TD[:num_sequences])
+        assert not torch.equal(step.replay().hidden_RD[:num_sequences], hidden_TD[:num_sequences])
 
 
 def test_padding_is_stored_nowhere() -> None:
@@ -93,7 +93,7 @@ def test_padding_is_stored_nowhere() -> None:
         for num_rows in ladder(MOST_ROWS):
             step = engine.graphs.step(num_rows)
             step.fill(build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows))
-            assert step.replay().hidden_TD.isfinite().all()
+            assert step.replay().hidden_RD.isfinite().all()
     assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
 
 

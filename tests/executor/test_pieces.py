@@ -79,13 +79,13 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str) -> None:
             sequences.apply(plan)
             inputs = filled(engine, plan, sequences)
             computed = engine.pieces.compute(inputs)
-            replayed = computed.hidden_TD[: inputs.num_rows].clone()
-            assert len(replayed) == inputs.num_rows and replayed.isfinite().all()
+            replayed = computed.hidden_RD.clone()
+            assert len(replayed) == MOST_ROWS + 1 and replayed.isfinite().all()
             step = engine.pieces.step(len(computed.rows.token_ids_T))
             planned = engine.attention.plan(
                 inputs.spans, page_size=PAGE_SIZE, windows=engine.build.windows, device=torch.device("cpu")
             )
-            assert torch.equal(step.run(engine.attention, planned)[: inputs.num_rows], replayed)
+            assert torch.equal(step.run(engine.attention, planned), replayed)
             assert not any(torch.equal(replayed[:1], other) for other in seen)
             seen.append(replayed[:1])
             engine.runner.execute(plan)
@@ -97,7 +97,7 @@ def test_padding_is_stored_nowhere() -> None:
         for num_rows in engine.pieces.sizes:
             step = engine.pieces.step(num_rows)
             nothing = build_inputs(StepPlan(0), SequenceTable(MOST_ROWS), PAGE_SIZE, num_rows=num_rows)
-            assert engine.pieces.compute(nothing).hidden_TD.isfinite().all()
+            assert engine.pieces.compute(nothing).hidden_RD.isfinite().all()
             assert step.rows.slots_T.eq(-1).all()
     assert not any(kv.k_NPSH.any() or kv.v_NPSH.any() for kv in engine.pool.layers)
 

@@ -68,6 +68,7 @@ def test_shapes_of_a_step(layout: Layout, tp: int) -> None:
         hidden_TD, logits_TV = tiny.step(SPANS)
         assert hidden_TD.shape == (NUM_ROWS, config["hidden_size"]) and hidden_TD.is_meta
         assert logits_TV.shape == (NUM_ROWS, config["vocab_size"]) and logits_TV.dtype == torch.float32
+        assert tiny.step(SPANS, wanted=(9, 4, 5))[0].shape == (3, config["hidden_size"])
         for layer, shape in enumerate(tiny.build.kv_layers):
             assert shape.head_dim == config["head_dim"]
             num_kv_heads[layer] += shape.num_kv_heads

@@ -173,8 +173,13 @@ class TinyModel:
             allocate=lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=build.device),
         )
 
-    def step(self, spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden rows and logits [T, V] of new tokens; each token's id follows from its page and position."""
+    def step(
+        self, spans: Sequence[Span], wanted: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden rows and logits [T, V] of new tokens, or of the wanted ones of these rows [R, V].
+
+        Each token's id follows from its page and position.
+        """
         rows = [(span, at) for span in spans for at in range(span.start, span.start + span.num_tokens)]
         slots = [span.page_ids[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for span, at in rows]
         token_ids = [(7 * slot + 3) % self.model.config.vocab_size for slot in slots]
@@ -185,17 +190,21 @@ class TinyModel:
         plan = self._backend.plan(
             spans, page_size=PAGE_SIZE, windows=self.build.windows, device=self.build.device
         )
-        ctx = ForwardContext(positions_T, slots_T, self._backend, plan, self._pool)
+        wanted_R = None if wanted is None else torch.tensor(wanted, device=self.build.device)
+        ctx = ForwardContext(positions_T, slots_T, self._backend, plan, self._pool, wanted_R)
         hidden_TD = self.model.forward(ctx, token_ids_T)
         return hidden_TD, self.model.logits(hidden_TD)
 
     def logits(self) -> torch.Tensor:
-        """Logits of two sequences over three steps: prompts, a chunk beside a single token, single tokens."""
-        first, second = (5, 0, 9), (2, 11)
+        """Logits of two sequences: of prompts, a chunk beside a single token, single tokens, then of the last rows of
+        two longer spans alone."""
+        first, second = (5, 0, 9), (2, 11, 12)
         steps = (
             [Span(0, 7, first), Span(0, 3, second)],
             [Span(3, 4, second), Span(7, 1, first)],
             [Span(8, 1, first), Span(7, 1, second)],
         )
         with torch.inference_mode():
-            return torch.cat([self.step(spans)[1] for spans in steps])
+            of_all = [self.step(spans)[1] for spans in steps]
+            of_last = self.step([Span(9, 2, first), Span(8, 4, second)], wanted=(1, 5))[1]
+        return torch.cat([*of_all, of_last])

@@ -57,12 +57,15 @@ class Runners:
         self._rank = mesh.everyone.rank
         self._eos_token_ids = eos_token_ids
         self._probe = probe
+        # Ranks sum over the same rows, and only the first may have a probe, which is shown all of them.
+        has_probe = torch.tensor([probe is not None], dtype=torch.int32, device=loaded.build.device)
+        self._wants_all = bool(mesh.everyone.all_gather(has_probe, 0).any())
         self.graph_use = decide_graphs(config, loaded.bindings, loaded.attention, probe)
 
     def trial(self, num_pages: int) -> tuple[ModelRunner, KVPool]:
-        """Without graphs and hooks, over so many pages."""
+        """Without graphs and hooks, over so many pages. Computes all rows to the end, as any step may want."""
         pool = self._pool(num_pages)
-        return self._runner(pool, (), None), pool
+        return self._runner(pool, (), None, wants_all=True), pool
 
     @torch.inference_mode()
     def record_largest(self, pool: KVPool) -> StepGraphs | None:
@@ -79,7 +82,7 @@ class Runners:
         graphs = self._graphs(pool)
         if graphs is not None:
             graphs.record_smallest()
-        return self._runner(pool, hooks, graphs), pool
+        return self._runner(pool, hooks, graphs, wants_all=self._wants_all), pool
 
     def host_pool(self, pool: KVPool, num_pages: int) -> HostPool:
         """So many pages of host memory behind the pool. Raises OutOfMemory."""
@@ -122,6 +125,7 @@ class Runners:
                 pool,
                 last_tokens,
                 most_rows=self._most_pieced_rows(),
+                most_sequences=most_requests,
                 windows=self._loaded.build.windows,
                 takes_single=self.graph_use.decode == "piecewise",
                 takes_longer=self.graph_use.extend == "piecewise",
@@ -135,7 +139,14 @@ class Runners:
         largest = max(limits.max_running_requests, limits.chunked_prefill_size)
         return min(most_pieced_rows(weight_bytes), largest)
 
-    def _runner(self, pool: KVPool, hooks: Sequence[SamplerHook], graphs: StepGraphs | None) -> ModelRunner:
+    def _runner(
+        self,
+        pool: KVPool,
+        hooks: Sequence[SamplerHook],
+        graphs: StepGraphs | None,
+        *,
+        wants_all: bool,
+    ) -> ModelRunner:
         loaded = self._loaded
         return ModelRunner(
             loaded.model,
@@ -154,6 +165,7 @@ class Runners:
             probe=self._probe,
             governor=loaded.governor,
             graphs=graphs,
+            wants_all=wants_all,
         )
 
 

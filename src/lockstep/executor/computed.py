@@ -1,6 +1,6 @@
 """What a step has computed of its rows before tokens are chosen.
 
-Shapes: T rows of the step, D model, V vocabulary.
+Shapes: T rows of the step, R of them whose hidden state is there, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class RecordedChoice:
 class Computed:
     """Rows on the device; those of padding, where there are some, come last.
 
+    `hidden_RD` are the hidden states of the rows that `wanted_R` numbers, in this order, or of all rows where it is
+    None. `wanted_R` begins with the last rows of the slices that sample, in the order of the slices, and may end with
+    rows that nobody asked for.
     A recorded step of single tokens has the scores of every row, too, and the greedy choice among them where that
     could be recorded.
     """
 
     rows: StepRows
-    hidden_TD: torch.Tensor
+    hidden_RD: torch.Tensor
     logits_TV: torch.Tensor | None = None
     choice: RecordedChoice | None = None
+    wanted_R: torch.Tensor | None = None

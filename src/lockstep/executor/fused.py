@@ -1,6 +1,6 @@
 """A built model whose blocks one kernel computes together, always or in small steps of single tokens.
 
-Shapes: T tokens, R rows that want scores, D model, V vocabulary.
+Shapes: T tokens, R rows that are wanted, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class FusedDecoder(DecoderModel):
         if self._bound is None or self._bound[0] is not ctx.kv:
             self._bound = (ctx.kv, [(layer.k_NPSH, layer.v_NPSH) for layer in ctx.kv.layers])
         inputs = (token_ids_T, ctx.positions_T, ctx.slots_T, ctx.plan.spans, ctx.plan.pages)
+        # The program leaves out the end of rows that nobody reads, too: it is told of them by the spans.
         hidden_TD: torch.Tensor = self._program.step(*inputs, self._bound[1])
-        return hidden_TD
+        return ctx.keep_wanted(hidden_TD)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         scores_RV: torch.Tensor = self._program.scores(hidden_RD)
@@ -84,7 +85,7 @@ class FewRowsFused(DecoderModel):
             self._bound = (ctx.kv, stack.unflatten(0, (-1, 2)))
         residual_TD, cos_sin = self._model.begin(ctx, token_ids_T)
         hidden_TD: torch.Tensor = self._function(residual_TD, *cos_sin, *tokens, self._program, self._bound[1])
-        return hidden_TD
+        return ctx.keep_wanted(hidden_TD)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden_RD)

@@ -277,7 +277,8 @@ class StepGraphs:
         return bool(missing)
 
     def record_largest(self) -> None:
-        """Records the largest step of each kind."""
-        for steps in (self._whole, self._pieces):
-            if steps is not None:
-                steps.step(steps.sizes[-1])
+        """Records the step of each kind that takes most memory."""
+        if self._whole is not None:
+            self._whole.step(self._whole.sizes[-1])
+        if self._pieces is not None:
+            self._pieces.step(self._pieces.sizes[-1], wants_all=True)

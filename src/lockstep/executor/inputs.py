@@ -1,6 +1,6 @@
 """From a plan to what the model reads.
 
-Shapes: T rows of the step, B slices, S slots.
+Shapes: T rows of the step, R of them whose hidden state is read, B slices, S slots.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class StepInputs:
     """A step on the host: what StepRows holds, and its slices in the plan's order. Nobody writes to it.
 
     `num_keys_T` and `facts_5T` are the parts of `memory`, padding included, which `num_rows` leaves out. `owner_B` is
-    the slot of each slice's sequence, `first_row_B` its first row, `samples_B` whether its last decides.
+    the slot of each slice's sequence, `first_row_B` its first row, `samples_B` whether its last decides, `is_whole_B`
+    whether the hidden state of all its rows is wanted.
     """
 
     memory: np.ndarray
@@ -67,10 +68,27 @@ class StepInputs:
     owner_B: np.ndarray
     first_row_B: np.ndarray
     samples_B: np.ndarray
+    is_whole_B: np.ndarray
 
     @property
     def last_row_B(self) -> np.ndarray:
         return self.first_row_B + self.spans.num_tokens_B - 1
+
+    @property
+    def wanted_row_R(self) -> np.ndarray | None:
+        """int64: the last rows of the slices that sample, in their order, or one row where none does.
+
+        None where all rows of some slice are wanted: then all of the step are computed to the end.
+        """
+        if self.is_whole_B.any():
+            return None
+        row_R = self.last_row_B[self.samples_B]
+        return row_R if len(row_R) else np.zeros(1, dtype=np.int64)
+
+
+def pays_to_select(num_wanted: int, num_rows: int) -> bool:
+    """True where rows that nobody reads are so many that leaving them out saves more than it costs to pick others."""
+    return 2 * num_wanted <= num_rows
 
 
 class LastTokens:
@@ -104,8 +122,12 @@ def build_inputs(
     *,
     num_rows: int | None = None,
     stager: Stager = PLAIN,
+    wants_all: bool = False,
 ) -> StepInputs:
-    """Rows of all slices, one after the other, in the plan's order, then padding up to `num_rows` if given."""
+    """Rows of all slices, one after the other, in the plan's order, then padding up to `num_rows` if given.
+
+    `wants_all`: the hidden states of all rows are wanted, whatever the sequences ask for.
+    """
     slices = plan.slices
     owner_B = sequences.slots(slices)
     start_B = np.array([piece.start for piece in slices], dtype=np.int64)
@@ -137,10 +159,11 @@ def build_inputs(
         _fill_known(facts_5T[0], sequences, slices, is_known_B, first_row_B)
 
     most_pages = -(-int((start_B + num_tokens_B).max(initial=0)) // page_size)
-    num_wanted_B = np.where(sequences.is_special_S[owner_B], num_tokens_B, samples_B)
+    is_whole_B = sequences.is_special_S[owner_B] | wants_all
+    num_wanted_B = np.where(is_whole_B, num_tokens_B, samples_B)
     page_ids_BP = sequences.page_ids_SP[owner_B, :most_pages]
     spans = Spans(start_B, num_tokens_B, page_ids_BP, page_size, stager, num_wanted_B)
-    return StepInputs(memory, num_keys_T, facts_5T, total, spans, owner_B, first_row_B, samples_B)
+    return StepInputs(memory, num_keys_T, facts_5T, total, spans, owner_B, first_row_B, samples_B, is_whole_B)
 
 
 def _fill_known(

@@ -2,7 +2,8 @@
 
 What comes between two layers' attention takes the same memory and the same kernels in each step of so many rows, and is
 most of what the host submits. Attention depends on who owns the rows, and its libraries plan that on the host. Rows
-that the pieces have and the step has not are padding. Shapes: T rows, D model, N heads, H head dim.
+that the pieces have and the step has not are padding. Pieces of many rows end with those that sample alone: as many as
+there can be sequences. Shapes: T rows, R rows whose hidden state is read, D model, N heads, H head dim.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lockstep.attention.backend import AttentionBackend, AttentionSpec, Span
 from lockstep.core.errors import KernelError
 from lockstep.core.step import StepPlan
 from lockstep.executor.computed import Computed
-from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows
+from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows, pays_to_select
 from lockstep.kv.pool.pool import KVPool, LayerKV
 from lockstep.layers.build import ForwardContext
 from lockstep.platforms.base import DeviceGraph
@@ -113,11 +115,15 @@ class _Cutter(_Standing):
 
 
 class PiecedStep:
-    """A step of `num_rows` rows in memory of its own: filled, then computed, as often as wanted."""
+    """A step of `num_rows` rows in memory of its own: filled, then computed, as often as wanted.
+
+    It gives the hidden states of all rows, or with `most_wanted` those of so many that each filling names.
+    """
 
     def __init__(
         self,
         num_rows: int,
+        most_wanted: int | None,
         forward: Forward,
         pool: KVPool,
         last_tokens: LastTokens,
@@ -126,34 +132,50 @@ class PiecedStep:
         new_graph: Callable[[], DeviceGraph],
     ) -> None:
         self.rows = padding_rows(num_rows, device)
+        self.wanted_R: torch.Tensor | None = None
+        if most_wanted is not None:
+            self.wanted_R = torch.zeros(most_wanted, dtype=torch.int64, device=device)
         self._forward = forward
         self._pool = pool
         self._last_tokens = last_tokens
         # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
         self.run(_Absent(), None)
         with _Cutter(new_graph) as cutter:
-            hidden_TD = self.run(cutter, None)
+            hidden_RD = self.run(cutter, None)
         self._pieces, self._attending = cutter.pieces, cutter.attending
-        self._hidden_TD = self._pieces[-1].place(hidden_TD)
+        self._hidden_RD = self._pieces[-1].place(hidden_RD)
+
+    def fill(self, inputs: StepInputs) -> None:
+        """Copies a step of `num_rows` rows, padding included, and the rows wanted of it to where pieces read them."""
+        self.rows.fill(inputs)
+        if self.wanted_R is not None:
+            wanted_row_R = inputs.wanted_row_R
+            assert wanted_row_R is not None, "these pieces leave rows out, and the step wants all"
+            padded_row_R = np.zeros(len(self.wanted_R), dtype=np.int64)
+            padded_row_R[: len(wanted_row_R)] = wanted_row_R
+            inputs.spans.stager.fill(self.wanted_R, padded_row_R)
 
     def run(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
-        """Hidden rows [T, D] of what was filled in, without graphs."""
-        context = ForwardContext(self.rows.positions_T, self.rows.slots_T, attention, plan, self._pool)
-        return self._forward(context, self._last_tokens.resolve(self.rows))
+        """Hidden rows [R, D] of what was filled in, without graphs."""
+        rows = self.rows
+        context = ForwardContext(rows.positions_T, rows.slots_T, attention, plan, self._pool, self.wanted_R)
+        return self._forward(context, self._last_tokens.resolve(rows))
 
     def replay(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
-        """Hidden rows [T, D] of what was filled in, by the pieces; valid until the next replay of any graph."""
+        """Hidden rows [R, D] of what was filled in, by the pieces; valid until the next replay of any graph."""
         first, *others = self._pieces
         first.replay()
         for at, piece in zip(self._attending, others, strict=True):
             attention.run_into(plan, at.q_TNH, at.kv, at.spec, at.out_TNH)
             piece.replay()
-        return self._hidden_TD
+        return self._hidden_RD
 
 
 class PiecedSteps:
     """Pieces for steps of up to `most_rows` rows, each size recorded when it is first wanted.
 
+    Of sizes that are large beside `most_sequences`, pieces compute only rows that sample to the end; they are recorded
+    once more when all rows of a step are first wanted.
     `takes_single`: steps of single tokens are computed so; `takes_longer`: those with longer spans are.
     """
 
@@ -165,6 +187,7 @@ class PiecedSteps:
         last_tokens: LastTokens,
         *,
         most_rows: int,
+        most_sequences: int,
         windows: Sequence[int],
         device: torch.device,
         new_graph: Callable[[], DeviceGraph],
@@ -176,10 +199,11 @@ class PiecedSteps:
         self._attention = attention
         self._pool = pool
         self._last_tokens = last_tokens
+        self._most_sequences = most_sequences
         self._windows = tuple(windows)
         self._device = device
         self._new_graph = new_graph
-        self._recorded: dict[int, PiecedStep] = {}
+        self._recorded: dict[tuple[int, int | None], PiecedStep] = {}
         self.sizes = piece_sizes(most_rows)
 
     def num_rows_for(self, plan: StepPlan) -> int | None:
@@ -191,27 +215,32 @@ class PiecedSteps:
 
     def compute(self, inputs: StepInputs) -> Computed:
         """A step that was padded to one of the sizes."""
-        step = self.step(inputs.facts_5T.shape[1])
-        step.rows.fill(inputs)
+        step = self.step(inputs.facts_5T.shape[1], wants_all=inputs.wanted_row_R is None)
+        step.fill(inputs)
         plan = self._attention.plan(
             inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
         )
-        return Computed(step.rows, step.replay(self._attention, plan))
+        return Computed(step.rows, step.replay(self._attention, plan), wanted_R=step.wanted_R)
 
     @property
     def missing(self) -> list[int]:
-        """Sizes that are not recorded yet."""
-        return [size for size in self.sizes if size not in self._recorded]
+        """Sizes that are not recorded yet as most steps want them."""
+        return [size for size in self.sizes if (size, self._most_wanted(size)) not in self._recorded]
 
-    def step(self, num_rows: int) -> PiecedStep:
+    def step(self, num_rows: int, *, wants_all: bool = False) -> PiecedStep:
         """The recorded step of one of the sizes."""
-        if num_rows not in self._recorded:
-            self._recorded[num_rows] = PiecedStep(
-                num_rows,
+        key = num_rows, None if wants_all else self._most_wanted(num_rows)
+        if key not in self._recorded:
+            self._recorded[key] = PiecedStep(
+                *key,
                 self._forward,
                 self._pool,
                 self._last_tokens,
                 device=self._device,
                 new_graph=self._new_graph,
             )
-        return self._recorded[num_rows]
+        return self._recorded[key]
+
+    def _most_wanted(self, num_rows: int) -> int | None:
+        """The most rows of such a size that are wanted where none is but those that sample; None to compute all."""
+        return self._most_sequences if pays_to_select(self._most_sequences, num_rows) else None

@@ -1,6 +1,6 @@
 """Runs steps of one model on one rank.
 
-Shapes: T rows of the step, B slices, R rows that sample, D model, V vocabulary, S slots.
+Shapes: T rows of the step, B slices, R rows whose hidden state is read, D model, V vocabulary, S slots.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lockstep.core.step import Landed, Pending, StepPlan, StepResult, TokenSlice
 from lockstep.executor.computed import Computed
 from lockstep.executor.graphs import StepGraphs
 from lockstep.executor.hooks import SamplerHook
-from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, build_inputs
+from lockstep.executor.inputs import LastTokens, StepInputs, StepRows, build_inputs, pays_to_select
 from lockstep.executor.logprobs import ScoredTokens, score_prompt, score_tokens
 from lockstep.executor.pending import Findings, PendingStep
 from lockstep.executor.sampler import STOCK, Sampler, Sampling, SamplingKernels
@@ -34,6 +34,8 @@ class ModelRunner:
 
     Owns the token ids and page tables of running sequences; follows plans and takes no decision of its own. What a
     step samples stays on the device for the next one, which may so be submitted before the host knows it.
+
+    `wants_all`: every row of a step goes through the whole model, not only those that are read; so with a probe, too.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ModelRunner:
         probe: Probe | None = None,
         governor: ThreadGovernor | None = None,
         graphs: StepGraphs | None = None,
+        wants_all: bool = False,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -61,6 +64,7 @@ class ModelRunner:
         self._probe = probe
         self._governor = governor
         self._graphs = graphs
+        self._wants_all = wants_all or probe is not None
         self._sampler = Sampler(
             max_sequences, model.config.vocab_size, eos_token_ids, transfers, hooks, sampling
         )
@@ -113,6 +117,7 @@ class ModelRunner:
             self._pool.page_size,
             num_rows=num_graph_rows,
             stager=self._transfers,
+            wants_all=self._wants_all,
         )
         if self._probe is not None:
             rows = [(piece.seq_id, piece.start + at) for piece in plan.slices for at in range(piece.num_tokens)]
@@ -132,8 +137,17 @@ class ModelRunner:
             windows=self._windows,
             device=self._transfers.device,
         )
-        context = ForwardContext(rows.positions_T, rows.slots_T, self._attention, plan, self._pool)
-        return Computed(rows, self._model.forward(context, self._last_tokens.resolve(rows)))
+        wanted_R = self._few_wanted(inputs)
+        context = ForwardContext(rows.positions_T, rows.slots_T, self._attention, plan, self._pool, wanted_R)
+        hidden_RD = self._model.forward(context, self._last_tokens.resolve(rows))
+        return Computed(rows, hidden_RD, wanted_R=wanted_R)
+
+    def _few_wanted(self, inputs: StepInputs) -> torch.Tensor | None:
+        """The rows [R] that are wanted of a step with longer spans, if they are few; None for all."""
+        wanted_row_R = inputs.wanted_row_R if inputs.num_rows > len(inputs.spans) else None
+        if wanted_row_R is None or not pays_to_select(len(wanted_row_R), inputs.num_rows):
+            return None
+        return self._transfers.upload(wanted_row_R)
 
     def _find(self, plan: StepPlan, inputs: StepInputs, computed: Computed) -> Findings:
         findings = Findings()
@@ -145,7 +159,8 @@ class ModelRunner:
                 findings.errors[index] = state.error
                 samples_B[index] = False
             else:
-                rows_TD = computed.hidden_TD[first : first + piece.num_tokens]
+                assert computed.wanted_R is None, "rows are found by their numbers in the step here"
+                rows_TD = computed.hidden_RD[first : first + piece.num_tokens]
                 self._find_more(findings, index, state, piece, rows_TD)
         sampled = np.nonzero(samples_B)[0]
         if len(sampled):
@@ -204,14 +219,17 @@ class ModelRunner:
         self, inputs: StepInputs, computed: Computed, sampled: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The owners [R] and the scores [R, V] of the last rows of these slices."""
-        owners_T, hidden_TD, logits_TV = computed.rows.owners_T, computed.hidden_TD, computed.logits_TV
+        owners_T, hidden_RD, logits_TV = computed.rows.owners_T, computed.hidden_RD, computed.logits_TV
         count = len(sampled)
+        if computed.wanted_R is not None:
+            # Rows were left out: these are the slices that sample, in the order of the wanted rows.
+            return owners_T.index_select(0, computed.wanted_R[:count]), self._model.logits(hidden_RD[:count])
         if count < inputs.num_rows:
             row_R = self._transfers.upload(inputs.last_row_B[sampled])
-            return owners_T.index_select(0, row_R), self._model.logits(hidden_TD.index_select(0, row_R))
+            return owners_T.index_select(0, row_R), self._model.logits(hidden_RD.index_select(0, row_R))
         if logits_TV is not None:
             return owners_T[:count], logits_TV[:count]
-        return owners_T[:count], self._model.logits(hidden_TD[:count])
+        return owners_T[:count], self._model.logits(hidden_RD[:count])
 
 
 def _pool_rows(state: SequenceState, piece: TokenSlice, rows_TD: torch.Tensor) -> torch.Tensor | None:

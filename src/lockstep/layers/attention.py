@@ -1,6 +1,7 @@
 """Self-attention over paged keys and values.
 
-Shapes: T tokens, D model, N query heads, A all heads (query, key, value), H head dim (heads are this rank's).
+Shapes: T tokens, R of them that are wanted, D model, N query heads, A all heads (query, key, value), H head dim (heads
+are this rank's).
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ class SelfAttention:
     Takes an update and the residual stream [T, D], whose normalised sum it reads (see NormedLinear; `adds` says whether
     updates will come). Gives the next update, Partial [T, D], and the stream with the last one. `head_norms` turns on
     RMS norms of each query and key head (Qwen 3, Gemma 3), which are stored as `norm` is.
+
+    With `selects`, which is for a model's last block, both are [R, D], of the rows that the step wants alone: the keys
+    and values of the others are stored, and no row looks at another one from here on.
     """
 
     def __init__(
@@ -103,12 +107,14 @@ class SelfAttention:
         out_bias: bool = False,
         head_norms: bool = False,
         adds: bool = True,
+        selects: bool = False,
         axis: Axis = TP,
     ) -> None:
         group = build.mesh.group(axis)
         parts = head_parts(where, num_heads, num_kv_heads, head_dim, group.rank, group.size)
         self.where = where
         self._axis = axis
+        self._selects = selects
         self._head_dim = head_dim
         heads = (parts[0].length // head_dim, parts[1].length // head_dim)
         self._dtype = build.dtype
@@ -153,5 +159,7 @@ class SelfAttention:
         else:
             kv = ctx.kv.layer(self._attention.layer)
             out_TNH = self._attention(ctx, self._new_heads(heads_TAH, cos_sin, kv, ctx.slots_T))
+        if self._selects:
+            out_TNH, residual_TD = ctx.keep_wanted(out_TNH), ctx.keep_wanted(residual_TD)
         merged = out_TNH.flatten(1).to(self._dtype)
         return self._out(Sharded(merged, self._axis, -1, self.where)), residual_TD

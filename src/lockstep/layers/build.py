@@ -201,7 +201,8 @@ class ForwardContext:
     """One step, as layers see it. Passed explicitly; there is no other.
 
     positions_T and slots_T (int64) name each row's place in its sequence and in the KV pool. `plan` is the
-    attention backend's.
+    attention backend's. wanted_R (int64) numbers the rows whose hidden state is read, in the order in which it is;
+    None stands for all rows.
     """
 
     positions_T: torch.Tensor
@@ -209,3 +210,8 @@ class ForwardContext:
     attention: AttentionBackend
     plan: Any
     kv: KVPool
+    wanted_R: torch.Tensor | None = None
+
+    def keep_wanted(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values of all rows [T, ...], those of the wanted ones."""
+        return values if self.wanted_R is None else values.index_select(0, self.wanted_R)

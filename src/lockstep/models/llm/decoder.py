@@ -1,6 +1,6 @@
 """What every decoder-only language model has in common: its settings, its outline and its forward.
 
-Shapes: T tokens, R rows that want logits, D model, V vocabulary.
+Shapes: T tokens, R rows that are wanted, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class DecoderConfig:
 class DecoderModel(ABC):
     """A language model on this rank.
 
-    `forward` gives the hidden rows after the last norm; `logits` turns those that want it into scores. `has_outline`
-    says that `outline` describes it.
+    `forward` gives the hidden rows that are wanted, after the last norm; `logits` turns such rows into scores.
+    `has_outline` says that `outline` describes it.
     """
 
     architectures: ClassVar[tuple[str, ...]]
@@ -97,7 +97,7 @@ class DecoderModel(ABC):
 
     @abstractmethod
     def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        """Hidden rows [T, D] after the final norm."""
+        """Hidden rows after the final norm: [T, D], or [R, D], those of `ctx.wanted_R` in that order."""
 
     def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, CosSin]:
         """The residual stream [T, D] before the first block, and the angles of its rows, for kernels that compute all

@@ -40,6 +40,7 @@ class Gemma3Layer:
         where: str,
         config: DecoderConfig,
         *,
+        last: bool,
         window: int,
         scale: float,
         soft_cap: float,
@@ -60,6 +61,7 @@ class Gemma3Layer:
             out_bias=bias,
             head_norms=True,
             adds=False,
+            selects=last,
         )
         self._post_attention = RMSNorm(
             build, f"{where}.post_attention_layernorm", width, eps, stored_minus_one=True
@@ -116,6 +118,7 @@ class Gemma3Model(DecoderModel):
                 build,
                 f"model.layers.{index}",
                 config,
+                last=index == config.num_hidden_layers - 1,
                 window=window,
                 scale=scale,
                 soft_cap=float(settings.get("attn_logit_softcapping") or 0.0),

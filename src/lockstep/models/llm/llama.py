@@ -33,6 +33,7 @@ class LlamaLayer:
         config: DecoderConfig,
         *,
         first: bool,
+        last: bool,
         window: int = 0,
         qkv_bias: bool = False,
         out_bias: bool = False,
@@ -53,6 +54,7 @@ class LlamaLayer:
             head_norms=head_norms,
             # The first block has no update to add.
             adds=not first,
+            selects=last,
         )
         self._mlp = GatedMLP(
             build,
@@ -101,6 +103,7 @@ class LlamaModel(DecoderModel):
                 f"model.layers.{index}",
                 config,
                 first=index == 0,
+                last=index == config.num_hidden_layers - 1,
                 window=windows[index] if windows else 0,
                 qkv_bias=qkv_bias,
                 out_bias=out_bias,

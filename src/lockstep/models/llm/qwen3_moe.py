@@ -79,6 +79,7 @@ class Qwen3MoeLayer:
         config: DecoderConfig,
         experts: ExpertsConfig | None,
         *,
+        last: bool,
         window: int,
         attention_bias: bool,
     ) -> None:
@@ -95,6 +96,7 @@ class Qwen3MoeLayer:
             qkv_bias=attention_bias,
             out_bias=attention_bias,
             head_norms=True,
+            selects=last,
         )
         self._block: MoE | GatedMLP
         if experts is not None:
@@ -140,6 +142,7 @@ class Qwen3MoeModel(DecoderModel):
                 f"model.layers.{index}",
                 config,
                 experts if index in experts.sparse_layers else None,
+                last=index == config.num_hidden_layers - 1,
                 window=window,
                 attention_bias=attention_bias,
             )
