@@ -20,7 +20,6 @@ NUM_WARPS = 8
 
 _PLACE_BITS = tl.constexpr(0x7FFFFFFF)
 _NAN_RANK = tl.constexpr(0x7FFFFFFF)
-_NO_RANK = tl.constexpr(-0x80000000)
 NO_CANDIDATE = tl.constexpr(-0x8000000000000000)
 
 
@@ -54,6 +53,12 @@ def best_of_row(best_ptr: tl.tensor, row: tl.tensor, num_tiles: tl.tensor, TILES
 
 
 @triton.jit
+def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The larger value, or NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _best_of_tile(
     logits_ptr: tl.tensor,
     best_ptr: tl.tensor,
@@ -63,12 +68,20 @@ def _best_of_tile(
     BLOCK: tl.constexpr,
 ) -> None:
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
-    token = tl.program_id(0) % num_tiles * BLOCK + tl.arange(0, BLOCK)
-    inside = token < vocab_size
-    values = tl.load(logits_ptr + row * row_stride + token, mask=inside, other=0.0).to(tl.float32)
-    rank, at = tl.max(tl.where(inside, _rank_of(values), _NO_RANK), 0, return_indices=True)
-    place = tl.program_id(0) % num_tiles * BLOCK + at
-    tl.store(best_ptr + tl.program_id(0), (rank.to(tl.int64) << 32) | (place ^ _PLACE_BITS).to(tl.int64))
+    first, at = tl.program_id(0) % num_tiles * BLOCK, tl.arange(0, BLOCK)
+    # What lies beyond the row is never the first of equals: every tile begins inside.
+    inside = first + at < vocab_size
+    values = tl.load(logits_ptr + row * row_stride + first + at, mask=inside, other=-float("inf")).to(
+        tl.float32
+    )
+    # Values before places: one comparison of a candidate for each value takes longer than reading it.
+    best = tl.reduce(values, 0, _larger)
+    if best == best:
+        place = tl.min(tl.where(values < best, BLOCK, at), 0)
+    else:
+        place = tl.min(tl.where(values == values, BLOCK, at), 0)
+    rank = _rank_of(best).to(tl.int64)
+    tl.store(best_ptr + tl.program_id(0), (rank << 32) | ((first + place) ^ _PLACE_BITS).to(tl.int64))
 
 
 @triton.jit
