@@ -19,6 +19,7 @@ from lockstep.attention.choice import choose_backend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.loading.sources import RandomWeights
 from lockstep.models.registry import model_class
 from lockstep.ops.library import TraceableSelector, kernels_called
@@ -111,7 +112,7 @@ class Step:
         return {f"{op}_{provider}" for op, provider in bound if op not in unused}
 
     def scores(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.logits(self.model.forward(ctx, token_ids))
+        return self.model.logits(self.model.forward(ctx, Tokens(token_ids)))
 
     def run(self, function: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
         return (function or self.scores)(self.context, self.token_ids)

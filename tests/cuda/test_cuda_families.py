@@ -21,6 +21,7 @@ from lockstep.engine.loading import bind_model, new_build
 from lockstep.engine.opening import open_for_running
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.loading.sources import StoredWeights
 from lockstep.models.loading.weights import FileWeights
 from lockstep.models.registry import model_classes
@@ -164,7 +165,7 @@ class CompiledModel:
         return list(torch.stack(steps, 1))
 
     def _scores(self, context: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        return self._model.logits(self._model.forward(context, token_ids_T))
+        return self._model.logits(self._model.forward(context, Tokens(token_ids_T)))
 
     def _step(
         self, spans: Sequence[Span], sequences: Sequence[Sequence[int]]

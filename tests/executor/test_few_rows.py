@@ -15,6 +15,7 @@ from lockstep.core.errors import KernelError
 from lockstep.executor.fused import FewRowsFused
 from lockstep.kv.pool.pool import KVPool, KVShape
 from lockstep.layers.build import ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.ops.contract import Kernel
 
@@ -29,11 +30,11 @@ class Layers:
 
     config, head = "config", "head"
 
-    def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return token_ids_T * 10, (ctx.positions_T, ctx.positions_T + 1)
+    def begin(self, ctx: ForwardContext, tokens: Tokens) -> tuple[torch.Tensor, Any]:
+        return tokens.ids() * 10, (ctx.positions_T, ctx.positions_T + 1)
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        return -token_ids_T
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
+        return -tokens.ids()
 
     def outline(self) -> str:
         return "outline"
@@ -82,7 +83,7 @@ class Fused:
     ) -> torch.Tensor:
         numbers = torch.arange(rows) + 1
         return self.model.forward(
-            ForwardContext(numbers, numbers, attention, plan, self.pool, wanted_R), numbers
+            ForwardContext(numbers, numbers, attention, plan, self.pool, wanted_R), Tokens(numbers)
         )
 
 

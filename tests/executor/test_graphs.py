@@ -125,7 +125,7 @@ def test_tokens_that_the_host_does_not_know_are_taken_from_the_device() -> None:
     assert inputs.facts_5T[0].tolist() == [0, 14, 17, 20] and inputs.facts_5T[3].tolist() == [one, 0, 0, 0]
     rows, last_tokens = StepRows(torch.from_numpy(inputs.memory), 4), LastTokens(MOST_ROWS, HOST)
     last_tokens.keep(torch.tensor([two, one]), torch.tensor([88, 77]))
-    assert last_tokens.resolve(rows).tolist() == [77, 14, 17, 20]
+    assert last_tokens.of(rows).ids().tolist() == [77, 14, 17, 20]
 
 
 def test_steps_that_no_graph_holds() -> None:

@@ -16,6 +16,7 @@ from lockstep.attention.backend import AttentionBackend, Span
 from lockstep.attention.torch_backend import TorchBackend
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext, Slice, Weights
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
 from lockstep.ops.selection import KernelSelector
@@ -192,7 +193,7 @@ class TinyModel:
         )
         wanted_R = None if wanted is None else torch.tensor(wanted, device=self.build.device)
         ctx = ForwardContext(positions_T, slots_T, self._backend, plan, self._pool, wanted_R)
-        hidden_TD = self.model.forward(ctx, token_ids_T)
+        hidden_TD = self.model.forward(ctx, Tokens(token_ids_T))
         return hidden_TD, self.model.logits(hidden_TD)
 
     def logits(self) -> torch.Tensor:

@@ -19,6 +19,7 @@ from lockstep.engine.llm import LLM
 from lockstep.engine.loading import bind_model, new_build
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.loading.sources import RandomWeights, ShapeWeights
 from lockstep.models.loading.weights import FileWeights
@@ -111,7 +112,7 @@ class Built:
         return forward(ForwardContext(rows, slots_T, self.attention, plan, pool), rows).cpu()
 
     def forward(self, ctx: ForwardContext, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.logits(self.model.forward(ctx, token_ids))
+        return self.model.logits(self.model.forward(ctx, Tokens(token_ids)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

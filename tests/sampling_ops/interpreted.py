@@ -1,6 +1,6 @@
-"""Runs the Triton kernels that choose tokens in Triton's interpreter: `python interpreted.py SEED`.
+"""Runs the Triton kernels at both ends of a step in Triton's interpreter: `python interpreted.py SEED`.
 
-Checks every case of both contracts in one dtype, then rows of a few hundred tokens against a sort in plain Python's
+Checks every case of their contracts in one dtype, then rows of a few hundred tokens against a sort in plain Python's
 integers. Exits 1 on a failure, and where a kernel refuses a case.
 """
 
@@ -104,7 +104,7 @@ def check_not_a_number(seed: int) -> list[str]:
 def main(seed: int) -> int:
     torch.set_num_threads(1)
     failures: list[str] = []
-    for op in ("argmax", "choose_greedy", "copy_words", "top_k_top_p_sample"):
+    for op in ("argmax", "begin_rows", "choose_greedy", "copy_words", "top_k_top_p_sample"):
         kernel = next(kernel for kernel in kernels(op) if kernel.provider == "triton")
         cases = list(dtypes_in_turn(contracts()[op].cases()))
         report = check_kernel(replace(contracts()[op], cases=partial(iter, cases)), kernel, seed=seed)

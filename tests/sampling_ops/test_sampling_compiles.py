@@ -17,6 +17,7 @@ MI300 = ("hip", "gfx942", 64)
 PROGRAMS = (
     ("argmax", "_best_of_tile"),
     ("argmax", "_best_of_tiles"),
+    ("begin_rows", "_begin"),
     ("choose_greedy", "_keep_best"),
     ("copy_words", "_copy"),
     ("top_k_top_p_sample", "_weigh"),
@@ -35,6 +36,10 @@ POINTERS = {
     "packed_ptr": "*i32",
     "source_ptr": "*i32",
     "target_ptr": "*i32",
+    "table_ptr": "*bf16",
+    "hidden_ptr": "*bf16",
+    "cos_sin_ptr": "*fp32",
+    "angles_ptr": "*fp32",
     "num_candidates_ptr": "*i32",
 }
 
@@ -55,6 +60,10 @@ def compiled(op: str, program: str, target: Any, *, one_tile: bool = False, dtyp
         "TILES": 1 if one_tile else 32,
         "CHUNK": 1024,
         "PDL": target[0] == "cuda",
+        "WIDTH": 8000,
+        "PAIRS": 64,
+        "PAIR_BLOCK": 64,
+        "HAS_SOURCES": not one_tile,
         **({"num_tiles": 1} if one_tile else {}),
     }
     names = function.arg_names

@@ -30,6 +30,7 @@ from lockstep.executor.runner import ModelRunner
 from lockstep.executor.transfers import Transfers
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderConfig, DecoderModel
 from lockstep.ops.registry import kernels
 from lockstep.scheduler.limits import SchedulerLimits
@@ -53,8 +54,8 @@ class IdleModel(DecoderModel):
     def make(cls, build: Build, config: Mapping[str, Any]) -> DecoderModel:
         return cls(config["vocab_size"])
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(token_ids_T), 1)
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
+        return torch.zeros(len(tokens), 1)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         return torch.zeros(len(hidden_RD), self.config.vocab_size)

@@ -13,6 +13,7 @@ import torch
 from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import KVPool
 from lockstep.layers.build import Build, ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.ops.contract import Kernel
 from lockstep.ops.selection import Binding
@@ -35,10 +36,10 @@ class FusedDecoder(DecoderModel):
         """Threads of the steps to come."""
         self._program.num_threads = num_threads
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
         if self._bound is None or self._bound[0] is not ctx.kv:
             self._bound = (ctx.kv, [(layer.k_NPSH, layer.v_NPSH) for layer in ctx.kv.layers])
-        inputs = (token_ids_T, ctx.positions_T, ctx.slots_T, ctx.plan.spans, ctx.plan.pages)
+        inputs = (tokens.ids(), ctx.positions_T, ctx.slots_T, ctx.plan.spans, ctx.plan.pages)
         # The program leaves out the end of rows that nobody reads, too: it is told of them by the spans.
         hidden_TD: torch.Tensor = self._program.step(*inputs, self._bound[1])
         return ctx.keep_wanted(hidden_TD)
@@ -75,16 +76,16 @@ class FewRowsFused(DecoderModel):
     def make(cls, build: Build, config: Mapping[str, Any]) -> DecoderModel:
         raise KernelError("such a decoder is made of a built model")
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        num_rows = token_ids_T.shape[0]
-        tokens = ctx.attention.single_tokens(ctx.plan) if num_rows <= self._program.most_rows else None
-        if tokens is None or len(tokens.num_keys_B) != num_rows:
-            return self._model.forward(ctx, token_ids_T)
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
+        num_rows = len(tokens)
+        single = ctx.attention.single_tokens(ctx.plan) if num_rows <= self._program.most_rows else None
+        if single is None or len(single.num_keys_B) != num_rows:
+            return self._model.forward(ctx, tokens)
         if self._bound is None or self._bound[0] is not ctx.kv:
             (stack,) = ctx.kv.stacks
             self._bound = (ctx.kv, stack.unflatten(0, (-1, 2)))
-        residual_TD, cos_sin = self._model.begin(ctx, token_ids_T)
-        hidden_TD: torch.Tensor = self._function(residual_TD, *cos_sin, *tokens, self._program, self._bound[1])
+        residual_TD, cos_sin = self._model.begin(ctx, tokens)
+        hidden_TD: torch.Tensor = self._function(residual_TD, *cos_sin, *single, self._program, self._bound[1])
         return ctx.keep_wanted(hidden_TD)
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:

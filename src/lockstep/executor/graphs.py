@@ -140,8 +140,8 @@ class RecordedStep:
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden rows [T, D] and scores [T, V] of what was filled in, without the graph."""
-        model, token_ids_T = self._recipe.model, self._recipe.last_tokens.resolve(self.rows)
-        hidden_TD = model.forward(self._context, token_ids_T)
+        model, tokens = self._recipe.model, self._recipe.last_tokens.of(self.rows)
+        hidden_TD = model.forward(self._context, tokens)
         return hidden_TD, model.logits(hidden_TD)
 
     def choose(self, logits_TV: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from lockstep.attention.spans import PLAIN, Spans, Stager
 from lockstep.core.step import StepPlan, TokenSlice
 from lockstep.executor.sequences import NOBODY, SequenceTable
+from lockstep.layers.tokens import Tokens
 
 PADDING = (0, 0, -1, NOBODY, NOBODY)
 """A row that stands for nobody: a token that every model has, stored nowhere."""
@@ -101,9 +102,9 @@ class LastTokens:
         self.ids_S = torch.zeros(max_sequences + 1, dtype=torch.int64, device=device)
         self._nobody = self.ids_S[NOBODY]
 
-    def resolve(self, rows: StepRows) -> torch.Tensor:
-        """The token of every row [T]."""
-        return self.ids_S.index_select(0, rows.sources_T) + rows.token_ids_T
+    def of(self, rows: StepRows) -> Tokens:
+        """The tokens of these rows."""
+        return Tokens(rows.token_ids_T, rows.sources_T, self.ids_S)
 
     def keep(self, owners_R: torch.Tensor, token_ids_R: torch.Tensor) -> None:
         """These sequences sampled these tokens."""

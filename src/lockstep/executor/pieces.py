@@ -23,9 +23,10 @@ from lockstep.executor.computed import Computed
 from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows, pays_to_select
 from lockstep.kv.pool.pool import KVPool, LayerKV
 from lockstep.layers.build import ForwardContext
+from lockstep.layers.tokens import Tokens
 from lockstep.platforms.base import DeviceGraph
 
-Forward = Callable[[ForwardContext, torch.Tensor], torch.Tensor]
+Forward = Callable[[ForwardContext, Tokens], torch.Tensor]
 
 _FINEST = 16
 _FEWEST, _MOST = 2048, 8192
@@ -159,7 +160,7 @@ class PiecedStep:
         """Hidden rows [R, D] of what was filled in, without graphs."""
         rows = self.rows
         context = ForwardContext(rows.positions_T, rows.slots_T, attention, plan, self._pool, self.wanted_R)
-        return self._forward(context, self._last_tokens.resolve(rows))
+        return self._forward(context, self._last_tokens.of(rows))
 
     def replay(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
         """Hidden rows [R, D] of what was filled in, by the pieces; valid until the next replay of any graph."""

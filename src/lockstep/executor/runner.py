@@ -139,7 +139,7 @@ class ModelRunner:
         )
         wanted_R = self._few_wanted(inputs)
         context = ForwardContext(rows.positions_T, rows.slots_T, self._attention, plan, self._pool, wanted_R)
-        hidden_RD = self._model.forward(context, self._last_tokens.resolve(rows))
+        hidden_RD = self._model.forward(context, self._last_tokens.of(rows))
         return Computed(rows, hidden_RD, wanted_R=wanted_R)
 
     def _few_wanted(self, inputs: StepInputs) -> torch.Tensor | None:

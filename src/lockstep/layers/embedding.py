@@ -58,6 +58,12 @@ class VocabTable:
         return self._piece
 
     @property
+    def rows_VD(self) -> torch.Tensor | None:
+        """This rank's rows as plain values in the model's dtype; None where they are held in another form."""
+        rows = self._matrix
+        return rows if isinstance(rows, torch.Tensor) and rows.dtype == self._dtype else None
+
+    @property
     def weight(self) -> Any:
         """The rows as a kernel of a whole decoder takes them."""
         return self._matrix if self._piece is None else self._piece.weight
@@ -89,11 +95,18 @@ class VocabEmbedding:
         axis: Axis = TP,
     ) -> None:
         self.where = name
+        self.width = width
         self._axis = axis
         self._num_ranks = build.mesh.size(axis)
         self.table = VocabTable.shared(build, name, vocab_size, width, axis)
         self.scale = None if scale is None else torch.tensor(scale, dtype=build.dtype).item()
         self._point = build.point(name, ("token", "hidden"), f"partial:{axis}")
+
+    @property
+    def plain_rows(self) -> torch.Tensor | None:
+        """The rows [V, D], where looking them up is all there is to do; None where it is not."""
+        is_all = self._num_ranks == 1 and self.scale is None and self._point is None
+        return self.table.rows_VD if is_all else None
 
     def __call__(self, token_ids_T: torch.Tensor) -> Partial:
         if self._num_ranks == 1:

@@ -104,20 +104,22 @@ def _llama3(base: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
 
 
 class RotaryEmbedding:
-    """Tables of cos and sin for every position of the context, shared by the layers of a model."""
+    """Tables of cos and sin for every position of the context, shared by the layers of a model.
+
+    `table` has both, float32 [2, P, R2].
+    """
 
     def __init__(self, build: Build, spec: RopeSpec) -> None:
         frequencies_R2, factor = spec.frequencies()
         angles = torch.outer(torch.arange(build.context_length, dtype=torch.float32), frequencies_R2)
-        # In one piece, so that one kernel looks both up.
-        self._cos_sin = (torch.stack((angles.cos(), angles.sin())) * factor).to(build.device)
+        self.table = (torch.stack((angles.cos(), angles.sin())) * factor).to(build.device)
 
     def outline(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every position, for a kernel of a whole decoder."""
-        cos, sin = self._cos_sin.unbind()
+        cos, sin = self.table.unbind()
         return cos, sin
 
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, R2], float32, of each row's position."""
-        cos, sin = self._cos_sin.index_select(1, positions_T).unbind()
-        return cos, sin
+        cos, sin = self.outline()
+        return cos.index_select(0, positions_T), sin.index_select(0, positions_T)

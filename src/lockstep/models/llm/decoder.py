@@ -17,6 +17,7 @@ from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import LMHead, VocabEmbedding
 from lockstep.layers.heads import CosSin
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
+from lockstep.layers.tokens import Tokens
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, NormOutline
 from lockstep.parallel.placement import expect_whole
 
@@ -96,10 +97,10 @@ class DecoderModel(ABC):
         """The model of this config.json, its weights loaded from the build."""
 
     @abstractmethod
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
         """Hidden rows after the final norm: [T, D], or [R, D], those of `ctx.wanted_R` in that order."""
 
-    def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, CosSin]:
+    def begin(self, ctx: ForwardContext, tokens: Tokens) -> tuple[torch.Tensor, CosSin]:
         """The residual stream [T, D] before the first block, and the angles of its rows, for kernels that compute all
         blocks. Raises KernelError as `outline` does."""
         raise KernelError(f"{type(self).__name__} has parts that no outline of a decoder describes")

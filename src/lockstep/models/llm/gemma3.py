@@ -20,6 +20,7 @@ from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.norm import NormSpec, RMSNorm
 from lockstep.layers.rope import RopeSpec, RotaryEmbedding
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import (
     DecoderConfig,
     DecoderModel,
@@ -139,8 +140,8 @@ class Gemma3Model(DecoderModel):
             raise ModelFileError("Gemma 3 with bidirectional attention is not supported")
         return cls(build, DecoderConfig.parse(settings), settings)
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        residual_TD = reduce(self._embedding(token_ids_T), self._mesh)
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
+        residual_TD = reduce(self._embedding(tokens.ids()), self._mesh)
         everywhere, nearby = self._rotary.at(ctx.positions_T), self._local_rotary.at(ctx.positions_T)
         for layer in self._layers:
             residual_TD = layer(ctx, residual_TD, nearby if layer.slides else everywhere)

@@ -14,13 +14,15 @@ from lockstep.attention.backend import AttentionSpec
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.entry import Entry
 from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.norm import AddRMSNorm, NormSpec
 from lockstep.layers.rope import RotaryEmbedding
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, make_head, outline_decoder
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
-from lockstep.parallel.placement import Partial, reduce
+from lockstep.parallel.placement import Partial
 
 
 class LlamaLayer:
@@ -94,7 +96,6 @@ class LlamaModel(DecoderModel):
         head_norms: bool = False,
     ) -> None:
         self.config = config
-        self._mesh = build.mesh
         self._embedding = VocabEmbedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self._rotary = RotaryEmbedding(build, config.rope)
         self._layers = [
@@ -114,6 +115,7 @@ class LlamaModel(DecoderModel):
         ]
         self._norm = AddRMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
         self.head = make_head(build, config)
+        self._entry = Entry(build, self._embedding, self._rotary)
 
     @classmethod
     def make(cls, build: Build, config: Mapping[str, Any]) -> LlamaModel:
@@ -126,11 +128,11 @@ class LlamaModel(DecoderModel):
             mlp_bias=bool(config.get("mlp_bias", False)),
         )
 
-    def begin(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> tuple[torch.Tensor, CosSin]:
-        return reduce(self._embedding(token_ids_T), self._mesh), self._rotary.at(ctx.positions_T)
+    def begin(self, ctx: ForwardContext, tokens: Tokens) -> tuple[torch.Tensor, CosSin]:
+        return self._entry(ctx, tokens)
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        residual_TD, cos_sin = self.begin(ctx, token_ids_T)
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
+        residual_TD, cos_sin = self.begin(ctx, tokens)
         update: Partial | None = None
         for layer in self._layers:
             update, residual_TD = layer(ctx, update, residual_TD, cos_sin)

@@ -16,11 +16,13 @@ from lockstep.core.errors import ModelFileError
 from lockstep.layers.attention import SelfAttention
 from lockstep.layers.build import Build, ForwardContext
 from lockstep.layers.embedding import VocabEmbedding
+from lockstep.layers.entry import Entry
 from lockstep.layers.heads import CosSin
 from lockstep.layers.mlp import GatedMLP
 from lockstep.layers.moe import MoE
 from lockstep.layers.norm import AddRMSNorm, NormSpec
 from lockstep.layers.rope import RotaryEmbedding
+from lockstep.layers.tokens import Tokens
 from lockstep.models.llm.decoder import DecoderConfig, DecoderModel, layer_windows, make_head
 from lockstep.parallel.placement import Partial
 
@@ -113,7 +115,7 @@ class Qwen3MoeLayer:
             self._block = GatedMLP(build, f"{where}.mlp", norm=post_norm, inner_size=config.intermediate_size)
 
     def __call__(
-        self, ctx: ForwardContext, update: Partial, residual_TD: torch.Tensor, cos_sin: CosSin
+        self, ctx: ForwardContext, update: Partial | torch.Tensor, residual_TD: torch.Tensor, cos_sin: CosSin
     ) -> tuple[Partial, torch.Tensor]:
         """The next update, still partial, and the residual stream [T, D] without it."""
         return self._block(ctx, *self._attention(ctx, update, residual_TD, cos_sin))
@@ -151,6 +153,7 @@ class Qwen3MoeModel(DecoderModel):
         self._norm = AddRMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
         self._no_residual = torch.zeros(1, config.hidden_size, dtype=build.dtype, device=build.device)
         self.head = make_head(build, config)
+        self._entry = Entry(build, self._embedding, self._rotary)
 
     @classmethod
     def make(cls, build: Build, config: Mapping[str, Any]) -> Qwen3MoeModel:
@@ -164,11 +167,11 @@ class Qwen3MoeModel(DecoderModel):
             attention_bias=bool(config.get("attention_bias", False)),
         )
 
-    def forward(self, ctx: ForwardContext, token_ids_T: torch.Tensor) -> torch.Tensor:
-        cos_sin = self._rotary.at(ctx.positions_T)
+    def forward(self, ctx: ForwardContext, tokens: Tokens) -> torch.Tensor:
         # The embedding is the first update of a residual stream that starts at zero.
-        update: Partial = self._embedding(token_ids_T)
-        residual_TD = self._no_residual.repeat(len(token_ids_T), 1)
+        update: Partial | torch.Tensor
+        update, cos_sin = self._entry(ctx, tokens)
+        residual_TD = self._no_residual.repeat(len(tokens), 1)
         for layer in self._layers:
             update, residual_TD = layer(ctx, update, residual_TD, cos_sin)
         return self._norm(update, residual_TD)[0]

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
+
 _BLOCK = 1024
 _NARROW = 128
 
@@ -22,10 +24,12 @@ def _copy(
     source_stride: tl.tensor,
     target_stride: tl.tensor,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = word < num_words
+    wait_for_inputs(PDL, NEXT_FIRST=True)
     words = tl.load(source_ptr + row * source_stride + word, mask=inside, other=0)
     tl.store(target_ptr + row * target_stride + word, words, mask=inside)
 
@@ -43,5 +47,6 @@ def copy(source_RW: torch.Tensor, target_RW: torch.Tensor) -> None:
         source_RW.stride(0),
         target_RW.stride(0),
         BLOCK=block,
-        num_warps=block // 128 if block > _NARROW else 4,
+        num_warps=4 if block == _NARROW else 8,
+        **dependent_launch(),
     )

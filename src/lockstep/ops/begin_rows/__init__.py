@@ -1,0 +1,1 @@
+"""Embeddings and rotation angles of a step's rows, whose tokens the step before may have chosen."""
