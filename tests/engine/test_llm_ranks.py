@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
+import torch
 from tiny_llm import assert_same, make_tiny, open_tiny, random_prompts
 
+from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.errors import ConfigError, EngineDead, IntegrityError
 from lockstep.core.probe import ProbePoint
 from lockstep.core.request import Request
@@ -17,6 +20,7 @@ from lockstep.core.sampling import SamplingParams
 from lockstep.engine.assembly import Engine
 from lockstep.engine.llm import LLM
 from lockstep.engine.messages import StepInputs, Submit
+from lockstep.engine.runners import Runners
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -54,6 +58,9 @@ def test_two_ranks_answer_like_one(architecture: str, overrides: dict[str, Any],
     assert not worker.is_running(), "close() leaves no worker behind"
 
 
+RECORDABLE: Any = SimpleNamespace(provider="a test", why_no_graphs=None)
+
+
 class Watcher:
     """A probe of the last block's output product; it keeps how many rows it was shown, and how many there were."""
 
@@ -81,6 +88,24 @@ def test_a_probe_on_the_first_rank_is_shown_all_rows(tmp_path: Path) -> None:
         with open_tiny(tmp_path, tp=2, probe=probe) as llm:
             assert_same(llm.generate(prompts, params), expected)
     assert all(found == wanted for wanted, found in watcher.seen) and max(watcher.seen)[0] > 40
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_rank_beside_a_watched_one_pads_no_rows_either(is_watched: bool) -> None:
+    """Graphs have rows of padding, which ranks must have alike: one without a probe asks whether another has."""
+
+    class Everyone:
+        rank = 1
+
+        def all_gather(self, own: torch.Tensor, dim: int) -> torch.Tensor:
+            return torch.tensor([is_watched, *own.tolist()])
+
+    build = SimpleNamespace(device=torch.device("cpu"))
+    loaded: Any = SimpleNamespace(build=build, bindings=(), attention=PagedBackend(RECORDABLE, RECORDABLE))
+    config: Any = SimpleNamespace(kernels=SimpleNamespace(graphs="full", extend_graphs="piecewise"))
+    mesh: Any = SimpleNamespace(everyone=Everyone())
+    use = Runners(loaded, config, cast(Any, None), mesh, (), None).graph_use
+    assert use.any != is_watched
 
 
 def test_a_killed_worker_ends_the_engine_with_a_clear_error(tmp_path: Path) -> None:

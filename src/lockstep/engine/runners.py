@@ -57,10 +57,10 @@ class Runners:
         self._rank = mesh.everyone.rank
         self._eos_token_ids = eos_token_ids
         self._probe = probe
-        # Ranks sum over the same rows, and only the first may have a probe, which is shown all of them.
+        # Ranks sum over the same rows, padding included. Only the first may have a probe, which is shown all of them.
         has_probe = torch.tensor([probe is not None], dtype=torch.int32, device=loaded.build.device)
-        self._wants_all = bool(mesh.everyone.all_gather(has_probe, 0).any())
-        self.graph_use = decide_graphs(config, loaded.bindings, loaded.attention, probe)
+        self._is_watched = bool(mesh.everyone.all_gather(has_probe, 0).any())
+        self.graph_use = decide_graphs(config, loaded.bindings, loaded.attention, is_watched=self._is_watched)
 
     def trial(self, num_pages: int) -> tuple[ModelRunner, KVPool]:
         """Without graphs and hooks, over so many pages. Computes all rows to the end, as any step may want."""
@@ -82,7 +82,7 @@ class Runners:
         graphs = self._graphs(pool)
         if graphs is not None:
             graphs.record_smallest()
-        return self._runner(pool, hooks, graphs, wants_all=self._wants_all), pool
+        return self._runner(pool, hooks, graphs, wants_all=self._is_watched), pool
 
     def host_pool(self, pool: KVPool, num_pages: int) -> HostPool:
         """So many pages of host memory behind the pool. Raises OutOfMemory."""
@@ -185,16 +185,16 @@ class GraphUse:
 
 
 def decide_graphs(
-    config: EngineConfig, bindings: Sequence[Binding], attention: AttentionBackend, probe: Probe | None
+    config: EngineConfig, bindings: Sequence[Binding], attention: AttentionBackend, *, is_watched: bool
 ) -> GraphUse:
-    """What becomes of --graphs and --extend-graphs with these kernels.
+    """What becomes of --graphs and --extend-graphs with these kernels. `is_watched`: a probe is on some rank.
 
     Raises KernelError for a kernel that no graph can hold under --strict-kernels.
     """
     decode, extend = config.kernels.graphs, config.kernels.extend_graphs
     if (decode, extend) == ("off", "off"):
         return GraphUse("off", "off")
-    if probe is not None:
+    if is_watched:
         return GraphUse("off", "off", ("a probe reads values while a step runs",))
     reason = why_no_pieces(bindings)
     if reason is not None:
