@@ -83,6 +83,6 @@ CONTRACT = Contract(
         "the other way": _the_other_way,
     },
     workload=Workload(
-        "words", (32, 1024, 32768), _timed, num_bytes=lambda source, target: source.nbytes + target.nbytes
+        "words", (32, 256, 1024, 32768), _timed, num_bytes=lambda source, target: source.nbytes + target.nbytes
     ),
 )
