@@ -15,7 +15,7 @@ from tiny_models import LAYOUTS, Layout, TinyModel, build_over
 
 from lockstep.attention.backend import Span
 from lockstep.core.errors import PlacementError
-from lockstep.layers import attention, embedding, linear, mlp, norm
+from lockstep.layers import attention, embedding, entry, linear, mlp, norm
 from lockstep.layers.linear import ColumnParallelLinear, RowParallelLinear
 from lockstep.layers.norm import AddRMSNorm, RMSNorm
 from lockstep.models.llm import gemma3, llama
@@ -64,7 +64,7 @@ REDUCTIONS = (skipped, doubled, taken_twice, over_another_axis, gathered_instead
 @pytest.mark.parametrize("wrong", REDUCTIONS, ids=lambda wrong: wrong.__name__)
 @pytest.mark.parametrize(
     ("layout", "module"),
-    [(LLAMA, llama), (LLAMA, norm), (GEMMA, gemma3)],
+    [(LLAMA, entry), (LLAMA, norm), (GEMMA, gemma3)],
     ids=["after the embedding", "in the norm that adds", "before Gemma's norms"],
 )
 def test_reductions(monkeypatch: pytest.MonkeyPatch, layout: Layout, module: Any, wrong: Any, tp: int) -> None:
@@ -159,7 +159,7 @@ def embedding_says_nothing(patch: pytest.MonkeyPatch) -> None:
 
 
 def embedding_on_another_axis(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(llama, "reduce", lambda value, mesh: reduce(value, mesh, "tp"))
+    patch.setattr(entry, "reduce", lambda value, mesh: reduce(value, mesh, "tp"))
     patch.setattr(embedding, "Partial", lambda tensor, axis, where: Partial(tensor, "ep", where))
 
 

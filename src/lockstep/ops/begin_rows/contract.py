@@ -25,6 +25,9 @@ def _cases() -> Iterator[Case]:
             yield _case(shape, dtype)
         yield _case(_SHAPES[2], dtype, all_known=True)
         yield _case(_SHAPES[2], dtype, rows_apart=True)
+        # The large ones are beyond float16's range in part: infinities are copied as well.
+        for size in (0.0, 3e4):
+            yield _case(_SHAPES[2], dtype, size=size)
 
 
 def _case(
@@ -33,13 +36,14 @@ def _case(
     *,
     all_known: bool = False,
     rows_apart: bool = False,
+    size: float = 1.0,
     vocab_size: int = 97,
 ) -> Case:
     rows, width, pairs = shape
 
     def make(g: torch.Generator) -> _Arguments:
         """Of rows whose token the host knows, the source is the first entry, which is 0; the others' tokens are 0."""
-        table = normal(g, vocab_size, width, dtype=dtype)
+        table = normal(g, vocab_size, width, dtype=dtype, scale=size)
         cos_sin = normal(g, 2, 50, pairs, dtype=torch.float32)
         token_ids = torch.randint(vocab_size, (rows,), generator=g)
         positions = torch.randint(50, (rows,), generator=g)
@@ -54,7 +58,9 @@ def _case(
         sources[is_known], token_ids[~is_known] = 0, 0
         return token_ids, sources, last_tokens, positions, table, cos_sin
 
-    what = ", no sources" * all_known + ", rows of the table apart" * rows_apart
+    what = (
+        ", no sources" * all_known + ", rows of the table apart" * rows_apart + f", size {size:g}" * (size != 1)
+    )
     signature = {"dtype": dtype, "width": width, "pairs": pairs}
     return Case(f"{dtype} {rows}x{width}, {pairs} pairs{what}", signature, make)
 

@@ -21,16 +21,23 @@ def _cases() -> Iterator[Case]:
         for shape in _SHAPES:
             yield _case(shape, dtype)
         yield _case((24, 1001, 3), dtype, many_equal=True)
+        yield _case((3, 1001, 1), dtype, size=0.0)
+        yield _case((3, 1001, 1), dtype, size=3e4)
         yield _case((6, 20000, 1), dtype, infinite=True)
 
 
 def _case(
-    shape: tuple[int, int, int], dtype: torch.dtype, *, many_equal: bool = False, infinite: bool = False
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    many_equal: bool = False,
+    infinite: bool = False,
+    size: float = 4.0,
 ) -> Case:
     rows, vocab_size, num_nobodys = shape
 
     def make(g: torch.Generator) -> _Arguments:
-        logits = normal(g, rows, vocab_size, dtype=dtype, scale=4.0)
+        logits = normal(g, rows, vocab_size, dtype=dtype, scale=size)
         if many_equal:
             logits = strided(-logits.abs().round())
         if infinite:
@@ -42,7 +49,11 @@ def _case(
         last_tokens = torch.randint(vocab_size, 2 * vocab_size, (num_sequences,), generator=g)
         return logits, owners, last_tokens
 
-    what = ", many equal, negative and zero" * many_equal + ", infinite" * infinite
+    what = (
+        ", many equal, negative and zero" * many_equal
+        + ", infinite" * infinite
+        + f", size {size:g}" * (size != 4)
+    )
     signature = {"dtype": dtype, "vocab_size": vocab_size}
     return Case(f"{dtype} {rows}x{vocab_size}, {num_nobodys} of nobody{what}", signature, make)
 
