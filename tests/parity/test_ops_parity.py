@@ -59,7 +59,10 @@ def reports(kernel: Kernel, seed: int) -> dict[torch.dtype, KernelReport]:
 
 def seeds_of(kernel: Kernel) -> tuple[int, ...]:
     """All for what a model runs here. The sets below the best, compiled from the same sources, have one each, in turn,
-    and so has the kernel "native", which is the best set's under another name."""
+    and so has the kernel "native", which is the best set's under another name. References of what several operators
+    compute call theirs: they have one."""
+    if kernel.provider == "reference" and contracts()[kernel.op].parts:
+        return SEEDS[:1]
     below = {f"native_{name}": at for at, name in enumerate(usable_instruction_sets()) if at} | {"native": 0}
     return (SEEDS[below[kernel.provider] % len(SEEDS)],) if kernel.provider in below else SEEDS
 
@@ -93,7 +96,7 @@ def test_kernel_meets_its_contract(kernel: Kernel) -> None:
 @pytest.mark.parametrize("contract", contracts().values(), ids=lambda contract: contract.name)
 def test_tolerances_reject_every_mutant(contract: Contract) -> None:
     # With the last of them a token once had the slot into which a mutant wrote padding, and hid it.
-    for seed in (*SEEDS, 1040453025):
+    for seed in SEEDS[:2] if contract.parts else (*SEEDS, 1040453025):
         print(f"seed {seed}")
         assert check_mutants(contract, seed) == []
 
