@@ -38,6 +38,7 @@ def reference() -> Iterator[LlamaForCausalLM]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.mark.suite("cpu", stage="nightly", seconds=40)
 def test_the_weights_are_those_that_the_gguf_package_reads() -> None:
     expected = embedded_weights()
     weights = FileWeights(open_model(embedded_model_path()))

@@ -45,6 +45,7 @@ def without_prompts(answers: list[Completion]) -> list[Completion]:
     return [replace(answer, prompt_logprobs=()) for answer in answers]
 
 
+@pytest.mark.suite("cpu", stage="nightly", seconds=40)
 def test_small_chunks(expected: list[Completion]) -> None:
     assert_same(alone(replace(PARAMS, prompt_logprobs=1), chunked_prefill_size=13), expected, TOLERANCE)
 

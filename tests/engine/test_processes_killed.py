@@ -143,6 +143,7 @@ def test_a_killed_worker_ends_its_engine_which_says_why(tmp_path: Path) -> None:
         assert "Traceback" not in server.stderr.read_text()
 
 
+@pytest.mark.suite("cpu", stage="nightly", seconds=30, exclusive=True)
 def test_a_killed_worker_is_noticed_without_a_collective(tmp_path: Path) -> None:
     """On the null device ranks do not wait for each other: the inputs of a step find nobody."""
     with served(tmp_path, *NULL, "--tp", "2") as server:
@@ -152,6 +153,7 @@ def test_a_killed_worker_is_noticed_without_a_collective(tmp_path: Path) -> None
         assert told_s < TOLD_WITHIN_S
 
 
+@pytest.mark.suite("cpu", stage="nightly", seconds=30, exclusive=True)
 def test_of_two_replicas_the_other_serves_on(tmp_path: Path) -> None:
     async def crowd(server: Served) -> list[Outcome]:
         async with asking(server.url) as asker:
@@ -178,6 +180,7 @@ def test_of_two_replicas_the_other_serves_on(tmp_path: Path) -> None:
         server.family = server.descendants()
 
 
+@pytest.mark.suite("cpu", stage="nightly", seconds=30, exclusive=True)
 def test_an_engine_that_cannot_come_back_is_tried_with_patience(tmp_path: Path) -> None:
     """First its model is gone, then the folder for its sockets; with both back, the server answers."""
     model = tmp_path / "model.gguf"

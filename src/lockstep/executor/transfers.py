@@ -85,6 +85,7 @@ class Transfers:
         return host.copy_(tensor, non_blocking=not self._is_immediate)
 
     def _land_words(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """The same for values of 32 bits."""
         self._copy(_as_words(tensor), _as_words(host))
         return host
 
