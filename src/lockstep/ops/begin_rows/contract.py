@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -66,70 +67,36 @@ def _case(
 
 
 def _sources_ignored(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
+    token_ids: _Tensor, sources: _Optional, last_tokens: _Optional, *looked_up: Any
 ) -> _Results:
-    return begin_rows(token_ids, None, None, positions, table, cos_sin)
+    return begin_rows(token_ids, None, None, *looked_up)
 
 
 def _sources_by_row(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
+    token_ids: _Tensor, sources: _Optional, last_tokens: _Optional, *looked_up: Any
 ) -> _Results:
     own = None if sources is None else torch.where(sources != 0, torch.arange(len(sources)), 0)
-    return begin_rows(token_ids, own, last_tokens, positions, table, cos_sin)
+    return begin_rows(token_ids, own, last_tokens, *looked_up)
 
 
-def _known_tokens_ignored(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
-) -> _Results:
-    return begin_rows(torch.zeros_like(token_ids), sources, last_tokens, positions, table, cos_sin)
+def _known_tokens_ignored(token_ids: _Tensor, *given: Any) -> _Results:
+    return begin_rows(torch.zeros_like(token_ids), *given)
 
 
-def _next_position(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
-) -> _Results:
-    return begin_rows(token_ids, sources, last_tokens, (positions + 1) % cos_sin.shape[1], table, cos_sin)
+def _next_position(*given: Any) -> _Results:
+    *tokens, positions, table, cos_sin = given
+    changed = (*tokens, (positions + 1) % cos_sin.shape[1], table, cos_sin)
+    return begin_rows(*changed)
 
 
-def _cos_for_sin(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
-) -> _Results:
-    return begin_rows(token_ids, sources, last_tokens, positions, table, cos_sin.flip(0))
+def _cos_for_sin(*given: Any) -> _Results:
+    *others, cos_sin = given
+    changed = (*others, cos_sin.flip(0))
+    return begin_rows(*changed)
 
 
-def _last_column_left(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
-) -> _Results:
-    hidden, angles = begin_rows(token_ids, sources, last_tokens, positions, table, cos_sin)
+def _last_column_left(*given: Any) -> _Results:
+    hidden, angles = begin_rows(*given)
     hidden[:, -1], angles[..., -1] = 0, 0
     return hidden, angles
 
@@ -139,17 +106,13 @@ def _timed(rows: int) -> Case:
 
 
 def _moved(
-    token_ids: _Tensor,
-    sources: _Optional,
-    last_tokens: _Optional,
-    positions: _Tensor,
-    table: _Tensor,
-    cos_sin: _Tensor,
+    token_ids: _Tensor, sources: _Optional, last_tokens: _Optional, positions: _Tensor, *tables: _Tensor
 ) -> int:
     """What is looked up is read and written; of what it is looked up in the rest stays where it is."""
-    rows = len(token_ids)
+    rows_VD, cos_sin = tables
     numbers = 8 * (2 if sources is None else 4)
-    return rows * (numbers + 2 * table.shape[1] * table.itemsize + 2 * 2 * cos_sin.shape[2] * cos_sin.itemsize)
+    looked_up = rows_VD.shape[1] * rows_VD.itemsize + 2 * cos_sin.shape[2] * cos_sin.itemsize
+    return len(token_ids) * (numbers + 2 * looked_up)
 
 
 CONTRACT = Contract(
