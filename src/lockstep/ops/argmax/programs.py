@@ -53,6 +53,12 @@ def best_of_row(best_ptr: tl.tensor, row: tl.tensor, num_tiles: tl.tensor, TILES
 
 
 @triton.jit
+def _larger(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """The larger value, or NaN where one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _best_of_tile(
     logits_ptr: tl.tensor,
     best_ptr: tl.tensor,
@@ -68,13 +74,13 @@ def _best_of_tile(
     values = tl.load(logits_ptr + row * row_stride + first + at, mask=inside, other=-float("inf")).to(
         tl.float32
     )
-    # Values before places: comparing value and place together takes longer than reading them.
-    is_nan = values != values
-    best = tl.max(tl.where(is_nan, -float("inf"), values), 0)
-    place = tl.min(tl.where(values < best, BLOCK, at), 0)
-    nan_place = tl.min(tl.where(is_nan, at, BLOCK), 0)
-    place = tl.where(nan_place < BLOCK, nan_place, place)
-    rank = tl.where(nan_place < BLOCK, _NAN_RANK, _rank_of(best)).to(tl.int64)
+    # Values before places: one comparison of a candidate for each value takes longer than reading it.
+    best = tl.reduce(values, 0, _larger)
+    if best == best:
+        place = tl.min(tl.where(values < best, BLOCK, at), 0)
+    else:
+        place = tl.min(tl.where(values == values, BLOCK, at), 0)
+    rank = _rank_of(best).to(tl.int64)
     tl.store(best_ptr + tl.program_id(0), (rank << 32) | ((first + place) ^ _PLACE_BITS).to(tl.int64))
 
 
