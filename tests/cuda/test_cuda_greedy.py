@@ -12,7 +12,7 @@ import torch
 from tiny_llm import make_tiny, open_tiny, random_prompts
 
 from lockstep import SamplingParams
-from lockstep.executor.computed import Computed, RecordedChoice
+from lockstep.executor.computed import Computed, RecordedEnd
 from lockstep.executor.graphs import DecodeGraphs
 from lockstep.executor.inputs import StepInputs
 from lockstep.executor.sampler import Sampler
@@ -34,14 +34,16 @@ def asked(num_drawing: int) -> list[SamplingParams]:
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The rows of every choice that is replayed inside."""
-    rows, replay = list[int](), RecordedChoice.replay
+    rows, replay = list[int](), RecordedEnd.replay
 
-    def noted(self: RecordedChoice) -> torch.Tensor:
-        rows.append(replay(self).shape[1])
-        return self._chosen_2T
+    def noted(self: RecordedEnd) -> torch.Tensor:
+        result = replay(self)
+        if result.dtype == torch.int32:
+            rows.append(result.shape[1])
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(RecordedChoice, "replay", noted)
+        patch.setattr(RecordedEnd, "replay", noted)
         yield rows
 
 
@@ -55,12 +57,14 @@ def test_replays_give_the_eager_bits(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def watched(self: Any, inputs: StepInputs) -> Computed:
         computed = compute(self, inputs)
         step = self.step(inputs.facts_5T.shape[1])
-        hidden_TD, logits_TV = step.run()
-        assert computed.logits_TV is not None and computed.choice is not None
-        assert torch.equal(computed.hidden_RD, hidden_TD) and torch.equal(computed.logits_TV, logits_TV)
+        hidden_TD = step.run()
+        assert computed.scores is not None and computed.choice is not None
+        assert torch.equal(computed.hidden_RD, hidden_TD)
+        logits_TV = computed.scores.replay().clone()
+        assert torch.equal(step.score(hidden_TD), logits_TV)
         replayed, ids_S = computed.choice.replay().clone(), self._recipe.last_tokens.ids_S
         kept = ids_S.clone()
-        assert torch.equal(step.choose(logits_TV), replayed) and torch.equal(ids_S, kept) and kept[0] == 0
+        assert torch.equal(step.choose(hidden_TD), replayed) and torch.equal(ids_S, kept) and kept[0] == 0
         best_T, token_ids_T = logits_TV.max(-1)
         assert torch.equal(replayed[0].long(), token_ids_T)
         assert torch.equal(replayed[1].view(torch.float32), best_T.float())

@@ -86,6 +86,45 @@ def test_few_thread_blocks_take_many_turns(seed: int) -> None:
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+def test_the_best_of_each_row_are_those_of_all_results(warpgroups: int, dtype: torch.dtype, seed: int) -> None:
+    """To the bit: rows of equal results, of infinite ones and of what is no number among them, and many turns."""
+    from lockstep.ops.choose_greedy.programs import choose, choose_of
+    from lockstep.ops.linear.hopper import finds_best, hopper_best, hopper_product
+    from lockstep.ops.linear.hopper_blocks import Way, block_in
+
+    for rows, outputs, inputs in (
+        (1, 1024, 512),
+        (4, 8, 8),
+        (7, 72, 1024),
+        (24, 40008, 64),
+        (65, 4096, 1032),
+        (130, 200, 3072),
+        (192, 1536, 64),
+        (256, 3072, 1024),
+    ):
+        block = block_in(rows, inputs, Way(warpgroups, 1))
+        if block is None:
+            continue
+        assert finds_best(block, rows) and not finds_best(block, block.rows + 1)
+        x, weight = (
+            drawn(seed, rows, inputs, dtype=dtype),
+            drawn(seed + 1, outputs, inputs, scale=0.1, dtype=dtype),
+        )
+        weight[:, 0] = 1
+        if rows > 3:
+            x[0], x[1, 0], x[2, 0], x[3, -1] = 0, torch.inf, -torch.inf, torch.nan
+        owners = torch.arange(1, rows + 1, device="cuda")
+        owners[rows // 2] = 0
+        kept, others = (torch.zeros(rows + 1, dtype=torch.int64, device="cuda") for _ in range(2))
+        for clusters in (132, 5, 1):
+            turns = block._replace(clusters=clusters)
+            expected = choose(hopper_product(x, weight, None, turns, None), owners, kept)
+            found = choose_of(hopper_best(x, weight, turns, None), owners, others)
+            assert torch.equal(found, expected) and torch.equal(others, kept), (rows, outputs, inputs, clusters)
+
+
 @pytest.mark.parametrize("rows", [2, 8, 17, 64, 130, 200])
 @pytest.mark.parametrize("shape", [(1024, 2048), (576, 1536), (6144, 1024)], ids=str)
 def test_a_row_does_not_depend_on_the_rows_beside_it(shape: tuple[int, int], rows: int, seed: int) -> None:

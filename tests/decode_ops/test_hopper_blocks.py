@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -141,13 +143,27 @@ BLOCKS = [
 @pytest.mark.parametrize("block, gated", BLOCKS, ids=str)
 def test_compiles_without_spilling_or_serialising(block: HopperBlock, gated: bool, tmp_path: Path) -> None:
     """Sums that leave the registers make the product five times slower, and still right: nothing else would tell."""
+    from lockstep.ops.linear.hopper import source
+
+    assert_compiles_well(block, partial(source, block, gated=gated, has_bias=True), tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, 24, 128, 160, 200, 256])
+def test_the_best_of_each_row_stays_in_registers_too(rows: int, tmp_path: Path) -> None:
+    from lockstep.ops.linear.hopper import finds_best, source
+
+    block = block_of(rows, 151936, 1024, gated=False)
+    assert block is not None and finds_best(block, rows)
+    assert_compiles_well(block, partial(source, block, best=True), tmp_path)
+
+
+def assert_compiles_well(block: HopperBlock, source: Callable[[torch.dtype], str], tmp_path: Path) -> None:
     from triton import knobs
 
     from lockstep.ops.cuda_program import machine_code
-    from lockstep.ops.linear.hopper import source
 
     for dtype in (torch.bfloat16, torch.float16):
-        text = source(block, dtype, gated=gated, has_bias=True)
+        text = source(dtype)
         file = tmp_path / "kernel.cubin"
         file.write_bytes(machine_code(text, "sm_90a", None))
         listing = [knobs.nvidia.nvdisasm.path, "-c", file]

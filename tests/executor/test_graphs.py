@@ -54,8 +54,8 @@ def test_a_runner_with_graphs_answers_like_one_without(name: str) -> None:
     for kept, twin in zip(graphed.pool.layers, eager.pool.layers, strict=True):
         torch.testing.assert_close(kept.k_NPSH, twin.k_NPSH, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(kept.v_NPSH, twin.v_NPSH, atol=1e-5, rtol=1e-5)
-    assert sum(graph.num_replays for graph in graphed.made) == 12
-    assert not eager.made and len(graphed.made) == 2 * len(ladder(MOST_ROWS)) == 8, "steps and their choices"
+    assert [sum(graph.num_replays for graph in graphed.made[at::3]) for at in range(3)] == [12, 12, 0]
+    assert not eager.made and len(graphed.made) == 3 * len(ladder(MOST_ROWS)) == 12, "steps, scores, choices"
     first, *others = graphed.made
     assert first.beside is None and all(graph.beside is first for graph in others), "one memory for all"
 
@@ -79,10 +79,10 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str, num_sequence
         step = engine.graphs.step(num_rows)
         step.fill(build_inputs(plan, sequences, PAGE_SIZE, num_rows=num_rows))
         found = step.replay()
-        assert found.logits_TV is not None and found.hidden_RD.isfinite().all()
-        hidden_TD, logits_TV = found.hidden_RD.clone(), found.logits_TV.clone()
-        again_TD, again_TV = step.run()
-        assert torch.equal(again_TD, hidden_TD) and torch.equal(again_TV, logits_TV)
+        assert found.scores is not None and found.hidden_RD.isfinite().all()
+        hidden_TD, logits_TV = found.hidden_RD.clone(), found.scores.replay().clone()
+        again_TD = step.run()
+        assert torch.equal(again_TD, hidden_TD) and torch.equal(step.score(again_TD), logits_TV)
         step.fill(build_inputs(StepPlan(10), sequences, PAGE_SIZE, num_rows=num_rows))
         assert not torch.equal(step.replay().hidden_RD[:num_sequences], hidden_TD[:num_sequences])
 
@@ -144,7 +144,9 @@ def test_a_graph_holds_the_bound_kernels_and_no_others(name: str) -> None:
         step = engine.graphs.step(2)
         warm_up, recorded = calls[: len(calls) // 2], calls[len(calls) // 2 :]
         calls.clear()
-        step.run()
+        hidden_TD = step.run()
+        step.score(hidden_TD)
+        step.choose(hidden_TD)
         assert calls == recorded == warm_up
         calls.clear()
         step.replay()

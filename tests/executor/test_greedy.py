@@ -64,9 +64,9 @@ def pair(sampling: SamplingKernels = STOCK) -> tuple[Engine, Engine]:
 
 
 def num_choices(engine: Engine) -> int:
-    """Replays of graphs that choose."""
-    assert len(engine.made) % 2 == 0
-    return sum(graph.num_replays for graph in engine.made[1::2])
+    """Replays of graphs that choose: of each size the third, after the step and its scores."""
+    assert len(engine.made) % 3 == 0
+    return sum(graph.num_replays for graph in engine.made[2::3])
 
 
 def last_tokens(engine: Engine) -> list[int]:
@@ -92,7 +92,8 @@ def test_answers_are_bit_equal_to_those_of_separate_kernels(sampling: SamplingKe
         assert found(one, plan) == found(other, plan)
         assert last_tokens(one) == last_tokens(other) and last_tokens(one)[0] == 0
     assert num_choices(one) == 12
-    assert len(other.made) == 4 and sum(graph.num_replays for graph in other.made) == 12, (
+    assert len(one.made) == 12 and not any(graph.num_replays for graph in one.made[1::3]), "nobody wants scores"
+    assert [sum(graph.num_replays for graph in other.made[at::2]) for at in (0, 1)] == [12, 12], (
         "no choice was recorded"
     )
 
@@ -104,11 +105,11 @@ def test_the_recorded_choice_has_the_bits_of_the_eager_one(sampling: SamplingKer
         for plan in plans({0: 3, 1: 9, 2: 5}, [], 4, BARE):
             engine.runner.execute(plan)
         computed = engine.graphs.step(4).computed
-        assert computed.logits_TV is not None and computed.choice is not None
+        assert computed.scores is not None and computed.choice is not None
+        best_T, token_ids_T = computed.scores.replay().max(-1)
         replayed, kept = computed.choice.replay().clone(), last_tokens(engine)
-        assert torch.equal(engine.graphs.step(4).choose(computed.logits_TV), replayed)
+        assert torch.equal(engine.graphs.step(4).choose(computed.hidden_RD), replayed)
         assert last_tokens(engine) == kept
-        best_T, token_ids_T = computed.logits_TV.max(-1)
     assert replayed[0].tolist() == token_ids_T.tolist()
     assert replayed[1].view(torch.float32).tolist() == best_T.tolist()
 
@@ -287,14 +288,14 @@ def test_the_largest_size_is_recorded_before_others_of_many_rows(monkeypatch: py
     with torch.inference_mode():
         assert engine.graphs.step(1) is engine.graphs.step(1) and engine.graphs.missing == [2, 4, 6]
         assert len(engine.graphs.step(2).rows.token_ids_T) == 2 and engine.graphs.missing == [4]
-    assert all(isinstance(graph, TapeGraph) for graph in engine.made) and len(engine.made) == 6
+    assert all(isinstance(graph, TapeGraph) for graph in engine.made) and len(engine.made) == 9
 
 
 def test_a_choice_that_asks_the_host_is_made_in_parts_beside_the_graph() -> None:
     one, other = pair(ASKING_TOGETHER)
     for plan in plans({0: 3, 1: 9}, [], 3, BARE):
         assert found(one, plan) == found(other, plan)
-    assert len(one.made) == len(other.made), "no choice was recorded"
+    assert len(one.made) == len(other.made) == 2, "no choice was recorded"
 
 
 def test_one_kernel_of_all_that_a_choice_takes_is_the_one_that_is_recorded() -> None:

@@ -14,21 +14,20 @@ from lockstep.executor.inputs import StepRows
 from lockstep.platforms.base import DeviceGraph
 
 
-class RecordedChoice:
-    """The greedy choice after a recorded step: a graph of its own, for there are steps that draw.
+class RecordedEnd:
+    """What a recorded step may end with, of all rows: a graph of its own, for it may end otherwise."""
 
-    `choose`, which is recorded, gives what `Chosen.packed` does of all rows, and keeps the tokens for the next step.
-    """
-
-    def __init__(self, graph: DeviceGraph, choose: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, graph: DeviceGraph, compute: Callable[[], torch.Tensor]) -> None:
         self._graph = graph
         with graph.capture():
-            self._chosen_2T = choose()
+            result = compute()
+        # Another end, or a step of another size, may lie in the same place.
+        self._result = graph.place(result)
 
     def replay(self) -> torch.Tensor:
-        """What `choose` gives after the step's last replay; valid until the next one of any graph."""
+        """What is computed after the step's last replay; valid until the next one of any graph."""
         self._graph.replay()
-        return self._chosen_2T
+        return self._result
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +37,12 @@ class Computed:
     `hidden_RD` are the hidden states of the rows that `wanted_R` numbers, in this order, or of all rows where it is
     None. `wanted_R` begins with the last rows of the slices that sample, in the order of the slices, and may end with
     rows that nobody asked for.
-    A recorded step of single tokens has the scores of every row, too, and the greedy choice among them where that
-    could be recorded.
+    A recorded step of single tokens can go on to the scores of every row [T, V]; or, where that could be recorded, to
+    the greedy choice among them, which gives what `Chosen.packed` does and keeps the tokens for the next step.
     """
 
     rows: StepRows
     hidden_RD: torch.Tensor
-    logits_TV: torch.Tensor | None = None
-    choice: RecordedChoice | None = None
+    scores: RecordedEnd | None = None
+    choice: RecordedEnd | None = None
     wanted_R: torch.Tensor | None = None

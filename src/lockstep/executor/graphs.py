@@ -3,7 +3,8 @@
 A graph reads and writes the same memory each time, so a step's rows and page tables are copied there first. Rows that
 the graph has and the step has not are padding: tokens that are stored nowhere and see no keys. A graph holds what the
 model submitted when it was recorded: the kernels that were bound when it was built, and no others. It ends with the
-scores of every row. A second, small one chooses the best of each: it is replayed when nobody wants anything else.
+hidden state of every row. Of two small ones the second chooses the best token of each: it is replayed when nobody wants
+anything else, and the first, which gives scores, when somebody does.
 Shapes: T rows, D model, V vocabulary.
 """
 
@@ -18,7 +19,7 @@ import torch
 from lockstep.attention.backend import AttentionBackend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.core.step import StepPlan
-from lockstep.executor.computed import Computed, RecordedChoice
+from lockstep.executor.computed import Computed, RecordedEnd
 from lockstep.executor.inputs import LastTokens, StepInputs, padding_rows
 from lockstep.executor.pieces import PiecedSteps
 from lockstep.executor.sampler import Chosen, SamplingKernels
@@ -38,6 +39,7 @@ _NOT_ASKED = (
     "norm_rope_attention_decode",
     "argmax",
     "choose_greedy",
+    "linear_choose_greedy",
     "copy_words",
     "top_k_top_p_sample",
     "decoder_decode",
@@ -120,33 +122,34 @@ class RecordedStep:
             self.rows.positions_T, self.rows.slots_T, recipe.attention, self._plan, recipe.pool
         )
         # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
-        has_choice = self._can_choose(self.run()[1])
+        has_choice = self._can_choose(self.run())
         self._graph = recipe.new_graph()
         with self._graph.capture():
-            hidden_TD, logits_TV = self.run()
-        choice = RecordedChoice(recipe.new_graph(), lambda: self.choose(logits_TV)) if has_choice else None
-        # Alive until here, so that none of them lies where another one does. Graphs of other sizes may write over them.
-        self.computed = Computed(
-            self.rows,
-            self._graph.place(hidden_TD),
-            self._graph.place(logits_TV),
-            choice,
-        )
+            hidden_TD = self.run()
+        scores = RecordedEnd(recipe.new_graph(), lambda: self.score(hidden_TD))
+        choice = RecordedEnd(recipe.new_graph(), lambda: self.choose(hidden_TD)) if has_choice else None
+        # Alive until here, so that neither end lies where it does. Graphs of other sizes may write over it.
+        self.computed = Computed(self.rows, self._graph.place(hidden_TD), scores, choice)
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step of `num_rows` rows, padding included, to where the graph reads it."""
         self.rows.fill(inputs)
         self._recipe.attention.refill(self._plan, inputs.spans)
 
-    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden rows [T, D] and scores [T, V] of what was filled in, without the graph."""
-        model, tokens = self._recipe.model, self._recipe.last_tokens.of(self.rows)
-        hidden_TD = model.forward(self._context, tokens)
-        return hidden_TD, model.logits(hidden_TD)
+    def run(self) -> torch.Tensor:
+        """Hidden rows [T, D] of what was filled in, without the graph."""
+        return self._recipe.model.forward(self._context, self._recipe.last_tokens.of(self.rows))
 
-    def choose(self, logits_TV: torch.Tensor) -> torch.Tensor:
+    def score(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """Scores [T, V] of hidden rows, without the graph."""
+        return self._recipe.model.logits(hidden_TD)
+
+    def choose(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """The best token of each row, kept for the next step and packed as Chosen packs it, without the graph."""
-        sampling, last_tokens = self._recipe.sampling, self._recipe.last_tokens
+        head, sampling, last_tokens = self._recipe.model.head, self._recipe.sampling, self._recipe.last_tokens
+        if head.chooses:
+            return head.choose_greedy(hidden_TD, self.rows.owners_T, last_tokens.ids_S)
+        logits_TV = self.score(hidden_TD)
         if sampling.choose_greedy is not None:
             chosen_2T: torch.Tensor = sampling.choose_greedy.function(
                 logits_TV, self.rows.owners_T, last_tokens.ids_S
@@ -161,12 +164,12 @@ class RecordedStep:
         self._graph.replay()
         return self.computed
 
-    def _can_choose(self, logits_TV: torch.Tensor) -> bool:
-        """True when the choice can be recorded, once it has run."""
-        sampling = self._recipe.sampling
+    def _can_choose(self, hidden_TD: torch.Tensor) -> bool:
+        """True when the choice can be recorded, once it and the scores have run."""
+        sampling, logits_TV = self._recipe.sampling, self.score(hidden_TD)
         if (sampling.choose_greedy or sampling.argmax_of(logits_TV)).asks_host:
             return False
-        self.choose(logits_TV)
+        self.choose(hidden_TD)
         return True
 
 

@@ -219,7 +219,7 @@ class ModelRunner:
         self, inputs: StepInputs, computed: Computed, sampled: np.ndarray
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The owners [R] and the scores [R, V] of the last rows of these slices."""
-        owners_T, hidden_RD, logits_TV = computed.rows.owners_T, computed.hidden_RD, computed.logits_TV
+        owners_T, hidden_RD = computed.rows.owners_T, computed.hidden_RD
         count = len(sampled)
         if computed.wanted_R is not None:
             # Rows were left out: these are the slices that sample, in the order of the wanted rows.
@@ -227,8 +227,8 @@ class ModelRunner:
         if count < inputs.num_rows:
             row_R = self._transfers.upload(inputs.last_row_B[sampled])
             return owners_T.index_select(0, row_R), self._model.logits(hidden_RD.index_select(0, row_R))
-        if logits_TV is not None:
-            return owners_T[:count], logits_TV[:count]
+        if computed.scores is not None:
+            return owners_T[:count], computed.scores.replay()[:count]
         return owners_T[:count], self._model.logits(hidden_RD[:count])
 
 

@@ -5,6 +5,7 @@ Shapes: T tokens, R rows, D model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +139,34 @@ class LMHead:
         self._piece = VocabTable.shared(build, name, vocab_size, width, axis).as_product()
         self.soft_cap = soft_cap
         self._point = build.point(f"{name} (head)", ("row", "vocab"))
+        self._chooser = self._bind_chooser(build)
+
+    def _bind_chooser(self, build: Build) -> Callable[..., torch.Tensor] | None:
+        """The kernel that finds each row's best score without writing the others, where there is one."""
+        if not isinstance(weight := self._piece.weight, torch.Tensor):
+            return None
+        apart = None
+        if build.mesh.size(self._axis) > 1:
+            apart = "each rank has a part of the scores"
+        elif self.soft_cap:
+            apart = "scores are capped before they are compared"
+        elif self._point is not None:
+            apart = "the scores are watched"
+        sizes = {"inputs": weight.shape[1], "outputs": weight.shape[0]}
+        bound = build.bind_fused("linear_choose_greedy", f"{self.where} (head)", **sizes, apart=apart)
+        return None if bound is None else bound.function
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `choose_greedy` can be called."""
+        return self._chooser is not None
+
+    def choose_greedy(
+        self, hidden_RD: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch.Tensor
+    ) -> torch.Tensor:
+        """What the operator choose_greedy finds among the rows' logits, int32 [2, R], without these."""
+        assert self._chooser is not None
+        return self._chooser(hidden_RD, self._piece.weight, owners_R, last_tokens_S)
 
     def __call__(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         local = Sharded(self._score(expect_whole(hidden_RD, self.where)), self._axis, -1, self.where)

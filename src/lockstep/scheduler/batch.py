@@ -6,12 +6,15 @@ from lockstep.core.step import PageCopy, SequenceStart, StepPlan, TokenSlice
 from lockstep.kv.index.page_index import PageTable
 from lockstep.scheduler.sequence import Sequence
 
+_MANY = 64
+"""From so many single tokens on, not all of their attention begins at once: what takes longest is to begin first."""
+
 
 class Batch:
     """Slices within a budget of rows, each with its sequence and the page table that it is computed on."""
 
     def __init__(self, num_rows: int) -> None:
-        self.rows_left = num_rows
+        self._num_rows = self.rows_left = num_rows
         self.sequences: list[Sequence] = []
         self._started: list[SequenceStart] = []
         self._slices: list[TokenSlice] = []
@@ -60,6 +63,15 @@ class Batch:
         self._slices.append(TokenSlice(sequence.seq_id, start, num_rows, new_page_ids, samples))
         self.sequences.append(sequence)
         self.rows_left -= num_rows
+
+    def longest_first(self) -> None:
+        """Many single tokens in the order of what each attends to: when the last begin, little is left to be done."""
+        if len(self._slices) < _MANY or len(self._slices) != self._num_rows - self.rows_left:
+            return
+        starts = [piece.start for piece in self._slices]
+        order = sorted(range(len(starts)), key=starts.__getitem__, reverse=True)
+        self._slices = [self._slices[at] for at in order]
+        self.sequences = [self.sequences[at] for at in order]
 
     def plan(self, step_id: int, ended: tuple[int, ...], page_copies: tuple[PageCopy, ...]) -> StepPlan:
         return StepPlan(step_id, tuple(self._started), ended, tuple(self._slices), self._must_land, page_copies)

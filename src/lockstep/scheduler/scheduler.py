@@ -121,6 +121,7 @@ class Scheduler:
             self._admit_waiting(batch)
         if not batch.sequences:
             return None
+        batch.longest_first()
         plan = batch.plan(self._totals.num_steps, self._roster.take_departed(), self._pages.take_copies())
         self._totals.num_steps += 1
         self._totals.last_step_tokens = self.limits.chunk_tokens - batch.rows_left

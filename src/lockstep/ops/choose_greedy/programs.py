@@ -13,6 +13,8 @@ from lockstep.ops.argmax.programs import best_of_row, best_of_tiles, packed, pla
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 from lockstep.ops.rows import power_of_two
 
+_TILES_OF_A_WARP = 128
+
 
 @triton.jit
 def _keep_best(
@@ -37,9 +39,13 @@ def _keep_best(
 
 def choose(logits_RV: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch.Tensor) -> torch.Tensor:
     """See the contract of choose_greedy."""
-    best_RB = best_of_tiles(packed(logits_RV))
+    return choose_of(best_of_tiles(packed(logits_RV)), owners_R, last_tokens_S)
+
+
+def choose_of(best_RB: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch.Tensor) -> torch.Tensor:
+    """What choose_greedy does with the best candidates [R, B] of each row, as `best_of_tiles` gives them."""
     num_rows, num_tiles = best_RB.shape
-    packed_2R = torch.empty(2, num_rows, dtype=torch.int32, device=logits_RV.device)
+    packed_2R = torch.empty(2, num_rows, dtype=torch.int32, device=best_RB.device)
     if num_rows:
         _keep_best[(num_rows,)](
             best_RB,
@@ -49,7 +55,7 @@ def choose(logits_RV: torch.Tensor, owners_R: torch.Tensor, last_tokens_S: torch
             num_rows,
             num_tiles,
             TILES=power_of_two(num_tiles),
-            num_warps=1,
+            num_warps=1 if num_tiles <= _TILES_OF_A_WARP else 4,
             **dependent_launch(),
         )
     return packed_2R

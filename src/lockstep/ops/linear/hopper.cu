@@ -5,7 +5,9 @@
 // first blocks are copied before the kernel's predecessor has ended. Thread blocks of a cluster share the inputs of
 // their outputs (SPLITS) and add up what they have, in their order.
 //
-// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, HALF, RESULT_ROWS, REGISTERS of a
+// With BEST only the largest result of each row is written, and where it is: of each warpgroup's share of the outputs.
+//
+// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, BEST, HALF, RESULT_ROWS, REGISTERS of a
 // thread that multiplies and COPY_REGISTERS of others (0: all have as many), and MULTIPLY, the instruction for 64
 // outputs, ROWS rows and 16 inputs.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
@@ -54,6 +56,44 @@ __device__ __forceinline__ float gated(float gate, float up) {
     return __fdividef(gate, 1.0f + __expf(-gate)) * up;
 }
 
+#if BEST
+constexpr u32 NUMBER_INFINITE = HALF ? 0x7c00 : 0x7f80;
+constexpr u32 ROUNDS = (RESULT_ROWS + 15) / 16;                // in which a warpgroup reads results, sixteen rows each
+constexpr u32 READ = TOKENS / RESULT_ROWS * ROUNDS;            // rows that a thread reads eight results of
+constexpr u32 KEPT = (READ + 7) / 8;                           // of those, whose best it keeps
+constexpr int NONE = -0x80000000;
+
+// 16 bits in the order of the numbers that they are: both zeros are equal, what is no number is above all.
+__device__ __forceinline__ int rank_of(u32 bits) {
+    const u32 size = bits & 0x7fff;
+    const int number = static_cast<short>(bits), rank = number ^ ((number >> 15) & 0x7fff);
+    return size > NUMBER_INFINITE ? 0x7fff : size == 0 ? 0 : rank;
+}
+
+// The largest of eight results that lie side by side: its rank above, the complement of its place of 64 below.
+__device__ __forceinline__ int best_of(const uint4& values, u32 eight) {
+    const u32 pairs[4] = {values.x, values.y, values.z, values.w};
+    int best = NONE;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        const int place = 63 - static_cast<int>(8 * eight + 2 * i);
+        best = max(best, (rank_of(pairs[i] & 0xffff) << 16) + place);
+        best = max(best, (rank_of(pairs[i] >> 16) << 16) + place - 1);
+    }
+    return best;
+}
+
+// As ops/argmax has it: the rank of the value in float32 above, the complement of its place in the row below.
+__device__ __forceinline__ long long candidate_of(int best, u32 first_output) {
+    const int rank = best >> 16;
+    const float value = widened(static_cast<u16>(rank ^ ((rank >> 15) & 0x7fff)));
+    const int bits = __float_as_int(value);
+    const int of_value = rank == 0x7fff ? 0x7fffffff : rank == 0 ? 0 : bits ^ ((bits >> 31) & 0x7fffffff);
+    const u32 place = first_output + 63 - (best & 63);
+    return (static_cast<long long>(of_value) << 32) | (place ^ 0x7fffffff);
+}
+#endif
+
 struct Place {
     u32 token, output;  // the first of the weight's outputs, or of its gates
 };
@@ -67,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
     const __grid_constant__ TensorMap weight_map,
     const __grid_constant__ TensorMap token_map,
     const u16* __restrict__ bias,
-    u16* __restrict__ out,
+    u16* __restrict__ out,  // [num_tokens, outputs]; with BEST int64 candidates [num_tokens, warpgroups of all blocks]
     u32 num_tokens,
     u32 outputs,  // of the result
     u32 inputs,
@@ -153,6 +193,11 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
         const u32 warpgroup = warp / 4;
         unsigned char* result_memory = memory + RESULTS + warpgroup * RESULT_BYTES;
         u32 stage = 0, parity = 0;
+#if BEST
+        long long kept[KEPT];
+#pragma unroll
+        for (u32 i = 0; i < KEPT; ++i) kept[i] = static_cast<long long>(1ull << 63);
+#endif
         for (u32 turn = first_turn; turn < turns; turn += step) {
             const Place place = place_of(turn, token_blocks);
             float total[TOTALS];
@@ -244,6 +289,22 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
                     }
                 }
                 asm volatile("bar.sync %0, 128;" ::"r"(2 + warpgroup) : "memory");
+#if BEST
+                // Eight lanes have the results of a row. Each keeps the best of every eighth row that they read.
+#pragma unroll
+                for (u32 round = 0; round < ROUNDS; ++round) {
+                    const u32 i = thread % 128 + 128 * round, row = i / 8, eight = i % 8, read = part * ROUNDS + round;
+                    if (row < RESULT_ROWS) {
+                        const uint4 values = *reinterpret_cast<const uint4*>(result_memory + row * PITCH + 16 * eight);
+                        int best = first_output + 8 * eight < outputs ? best_of(values, eight) : NONE;
+#pragma unroll
+                        for (u32 distance = 1; distance < 8; distance *= 2)
+                            best = max(best, __shfl_xor_sync(0xffffffff, best, distance));
+                        if (eight == read % 8 && best != NONE)
+                            kept[read / 8] = max(kept[read / 8], candidate_of(best, first_output));
+                    }
+                }
+#else
                 for (u32 i = thread % 128; i < RESULT_ROWS * (WIDTH / 8); i += 128) {
                     const u32 row = i / (WIDTH / 8), eight = i % (WIDTH / 8);
                     const u32 token = first_token + part * RESULT_ROWS + row, output = first_output + 8 * eight;
@@ -252,9 +313,19 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
                         *reinterpret_cast<uint4*>(out + static_cast<u64>(token) * outputs + output) = values;
                     }
                 }
+#endif
                 asm volatile("bar.sync %0, 128;" ::"r"(2 + warpgroup) : "memory");
             }
         }
+#if BEST
+#pragma unroll
+        for (u32 read = 0; read < READ; ++read) {
+            const u32 i = thread % 128 + 128 * (read % ROUNDS), row = i / 8;
+            const u32 token = read / ROUNDS * RESULT_ROWS + row;
+            if (i % 8 == read % 8 && row < RESULT_ROWS && token < num_tokens)
+                reinterpret_cast<long long*>(out)[(token * gridDim.x + blockIdx.x) * WARPGROUPS + warpgroup] = kept[read / 8];
+        }
+#endif
     }
     // Nobody leaves while others read its memory.
     if (SPLITS > 1) {

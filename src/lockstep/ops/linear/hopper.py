@@ -38,8 +38,10 @@ def can_be_multiplied(weight_OI: torch.Tensor, *, gated: bool) -> bool:
     return outputs % _ALIGNED == weight_OI.shape[1] % _ALIGNED == 0 and can_be_copied(weight_OI)
 
 
-def source(block: HopperBlock, dtype: torch.dtype, *, gated: bool, has_bias: bool) -> str:
-    """CUDA C++ for one block."""
+def source(
+    block: HopperBlock, dtype: torch.dtype, *, gated: bool = False, has_bias: bool = False, best: bool = False
+) -> str:
+    """CUDA C++ for one block. `best`: it writes the largest results of rows, not all of them."""
     facts = {
         "WARPGROUPS": block.warpgroups,
         "TOKENS": block.rows,
@@ -50,6 +52,7 @@ def source(block: HopperBlock, dtype: torch.dtype, *, gated: bool, has_bias: boo
         "COPY_REGISTERS": COPY_REGISTERS,
         "GATED": int(gated),
         "BIAS": int(has_bias),
+        "BEST": int(best),
         "HALF": int(dtype == torch.float16),
         "ROWS": rows_at_once(block),
     }
@@ -75,10 +78,11 @@ def _program(
     dtype: torch.dtype,
     gated: bool,
     has_bias: bool,
+    best: bool,
     device: torch.device,
     cache_dir: Path | None,
 ) -> CudaProgram:
-    text = source(block, dtype, gated=gated, has_bias=has_bias)
+    text = source(block, dtype, gated=gated, has_bias=has_bias, best=best)
     return CudaProgram(text, "product", device, cache_dir, shared_bytes=shared_bytes(block))
 
 
@@ -115,25 +119,58 @@ def hopper_product(
     `can_be_multiplied` is true of the weight, `can_be_copied` of the rows. The compiled kernel is kept in `cache_dir`,
     if one is given.
     """
-    num_rows, inputs = x_TI.shape
-    weight_outputs = weight_OI.shape[0]
-    outputs = weight_outputs // 2 if gated else weight_outputs
+    num_rows = len(x_TI)
+    outputs = weight_OI.shape[0] // 2 if gated else weight_OI.shape[0]
     out_TF = x_TI.new_empty((num_rows, outputs))
-    of_weight = 64 * block.warpgroups
-    blocks = -(-num_rows // block.rows) * -(-outputs // (of_weight // 2 if gated else of_weight))
-    dtype = x_TI.dtype
-    program = _program(block, dtype, gated, bias_O is not None, x_TI.device, cache_dir)
+    of_block = 32 * block.warpgroups if gated else 64 * block.warpgroups
+    turns = -(-num_rows // block.rows) * -(-outputs // of_block)
+    clusters = turns if block.splits > 1 else min(turns, block.clusters)
+    program = _program(block, x_TI.dtype, gated, bias_O is not None, False, x_TI.device, cache_dir)
+    _start(program, x_TI, weight_OI, bias_O, out_TF, outputs, block, clusters)
+    return out_TF
+
+
+def hopper_best(
+    x_TI: torch.Tensor, weight_OI: torch.Tensor, block: HopperBlock, cache_dir: Path | None
+) -> torch.Tensor:
+    """The best of each row of what `hopper_product` gives, bit for bit: int64 [T, B], a candidate as ops/argmax has it
+    for each of B shares of the outputs. The block is one of all rows and inputs: see `finds_best`."""
+    num_rows, outputs = len(x_TI), len(weight_OI)
+    clusters = min(-(-outputs // (64 * block.warpgroups)), block.clusters)
+    shape = (num_rows, clusters * block.warpgroups)
+    best_TB = torch.empty(shape, dtype=torch.int64, device=x_TI.device)
+    program = _program(block, x_TI.dtype, False, False, True, x_TI.device, cache_dir)
+    _start(program, x_TI, weight_OI, None, best_TB, outputs, block, clusters)
+    return best_TB
+
+
+def finds_best(block: HopperBlock, num_rows: int) -> bool:
+    """Whether a thread block has all of the sums that it compares."""
+    return block.splits == 1 and num_rows <= block.rows
+
+
+def _start(
+    program: CudaProgram,
+    x_TI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    out: torch.Tensor,
+    outputs: int,
+    block: HopperBlock,
+    clusters: int,
+) -> None:
+    num_rows, inputs = x_TI.shape
+    dtype, of_weight, gated = x_TI.dtype, 64 * block.warpgroups, outputs < len(weight_OI)
     program.launch(
-        _launch(block, blocks if block.splits > 1 else min(blocks, block.clusters)),
+        _launch(block, clusters),
         (
-            _map_of(weight_OI.data_ptr(), dtype, weight_outputs, inputs, weight_OI.stride(0), of_weight, gated),
+            _map_of(weight_OI.data_ptr(), dtype, len(weight_OI), inputs, weight_OI.stride(0), of_weight, gated),
             _map_of(x_TI.data_ptr(), dtype, num_rows, inputs, x_TI.stride(0), block.rows, False),
             ctypes.c_void_p(None if bias_O is None else bias_O.data_ptr()),
-            ctypes.c_void_p(out_TF.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
             ctypes.c_uint32(num_rows),
             ctypes.c_uint32(outputs),
             ctypes.c_uint32(inputs),
             ctypes.c_uint32(weight_OI.numel() <= _SMALL),
         ),
     )
-    return out_TF

@@ -16,7 +16,8 @@ from lockstep.ops.linear.kernels.triton import linear as triton_linear
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _refuses(signature: Signature) -> str | None:
+def refuses(signature: Signature) -> str | None:
+    """Why products of this dtype, or on this machine, are another kernel's; None where they are this one's."""
     dtype = signature["dtype"]
     if dtype not in _DTYPES:
         return f"multiplies bfloat16 and float16, not {dtype}"
@@ -56,7 +57,7 @@ KERNELS = (
         function=linear,
         platforms=frozenset({"cuda"}),
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
-        refuses=_refuses,
+        refuses=refuses,
         with_measured=_with_measured,
     ),
 )
