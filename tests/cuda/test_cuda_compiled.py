@@ -106,7 +106,7 @@ class Step:
     def called(self) -> set[str]:
         """Kernels that a step needs in which every sequence has a single token, and keys of its own."""
         bound = {(op, provider) for _, op, provider in self.kernels if provider != "parts"}
-        unused = {"attention_decode_shared", "attention_extend"}
+        unused = {"attention_decode_shared", "attention_extend", "linear_choose_greedy"}
         if "norm_rope_attention_decode" in dict(bound):
             unused |= {"norm_rope_store", "attention_decode"}
         return {f"{op}_{provider}" for op, provider in bound if op not in unused}

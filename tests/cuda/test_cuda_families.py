@@ -84,12 +84,12 @@ def test_logits_are_those_of_float32_but_for_rounding(
     steps = watched_steps(engine, monkeypatch)
     assert 0 < case.error(forced_logits(engine, case)) < 1
     assert engine.rank.pool is not None
-    of_single, of_longer = (1, len(engine.rank.pool.layers) + 1) if way == "graphs" else (0, 0)
+    of_single, of_longer = (2, len(engine.rank.pool.layers) + 1) if way == "graphs" else (0, 0)
     assert set(steps) == {(True, of_single), (False, of_longer)}
 
 
 def watched_steps(engine: TeacherForcedEngine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
-    """Whether each step from now on has single tokens alone, and how many graphs it replayed."""
+    """Whether each step from now on has single tokens alone, and how many graphs it replayed, that of scores too."""
     steps: list[tuple[bool, int]] = []
     replayed: list[CudaGraph] = []
     replay, execute = CudaGraph.replay, engine.runner.execute
