@@ -6,7 +6,7 @@ from lockstep.core.step import PageCopy, SequenceStart, StepPlan, TokenSlice
 from lockstep.kv.index.page_index import PageTable
 from lockstep.scheduler.sequence import Sequence
 
-_MANY = 64
+MANY = 64
 """From so many single tokens on, not all of their attention begins at once: what takes longest is to begin first."""
 
 
@@ -66,7 +66,7 @@ class Batch:
 
     def longest_first(self) -> None:
         """Many single tokens in the order of what each attends to: when the last begin, little is left to be done."""
-        if len(self._slices) < _MANY or len(self._slices) != self._num_rows - self.rows_left:
+        if len(self._slices) < MANY or len(self._slices) != self._num_rows - self.rows_left:
             return
         starts = [piece.start for piece in self._slices]
         order = sorted(range(len(starts)), key=starts.__getitem__, reverse=True)
