@@ -7,9 +7,9 @@
 //
 // With BEST only the largest result of each row is written, and where it is: of each warpgroup's share of the outputs.
 //
-// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, BEST, HALF, RESULT_ROWS, REGISTERS of a
-// thread that multiplies and COPY_REGISTERS of others (0: all have as many), and MULTIPLY, the instruction for 64
-// outputs, ROWS rows and 16 inputs.
+// Set by whoever compiles (hopper.py): WARPGROUPS, TOKENS, STAGES, SPLITS, GATED, BIAS, BEST, HALF, RESULT_ROWS,
+// REGISTERS of a thread that multiplies and COPY_REGISTERS of others (0: all have as many), and MULTIPLY, the instruction
+// for 64 outputs, ROWS rows and 16 inputs.
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 
 constexpr u32 OUTPUTS = 64 * WARPGROUPS;
@@ -318,12 +318,13 @@ extern "C" __global__ void __launch_bounds__(MULTIPLIERS + 128, 1) product(
             }
         }
 #if BEST
+        long long* candidates = reinterpret_cast<long long*>(out);
 #pragma unroll
         for (u32 read = 0; read < READ; ++read) {
             const u32 i = thread % 128 + 128 * (read % ROUNDS), row = i / 8;
             const u32 token = read / ROUNDS * RESULT_ROWS + row;
             if (i % 8 == read % 8 && row < RESULT_ROWS && token < num_tokens)
-                reinterpret_cast<long long*>(out)[(token * gridDim.x + blockIdx.x) * WARPGROUPS + warpgroup] = kept[read / 8];
+                candidates[(token * gridDim.x + blockIdx.x) * WARPGROUPS + warpgroup] = kept[read / 8];
         }
 #endif
     }
