@@ -96,6 +96,7 @@ MEASURED: Mapping[Problem, Way | None] = {
     Problem(192, 6144, 4096, False): Way(1, 1),
     Problem(256, 6144, 4096, False): None,
     Problem(256, 24576, 4096, True): Way(3, 1),
+    # For one row, too, where its best is found at once. Other ways were not timed.
     Problem(256, 151936, 1024, False): Way(3, 1),
 }
 """The best way of each problem that was timed, fewest rows first; None where another kernel is better. One row is

@@ -79,22 +79,16 @@ def _whole(g: torch.Generator, rows: int, inputs: int, dtype: torch.dtype) -> to
     return torch.randint(-_LARGEST, _LARGEST + 1, (rows, inputs), generator=g).to(dtype)
 
 
-def _one_input_short(
-    x: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, last_tokens: torch.Tensor
-) -> torch.Tensor:
-    return linear_choose_greedy(x[:, :-1], weight[:, :-1], owners, last_tokens)
+def _one_input_short(x: torch.Tensor, weight: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+    return linear_choose_greedy(x[:, :-1], weight[:, :-1], *kept)
 
 
-def _without_the_last_output(
-    x: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, last_tokens: torch.Tensor
-) -> torch.Tensor:
-    return linear_choose_greedy(x, weight[: max(len(weight) - 1, 1)], owners, last_tokens)
+def _without_the_last_output(x: torch.Tensor, weight: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+    return linear_choose_greedy(x, weight[: max(len(weight) - 1, 1)], *kept)
 
 
-def _scores_not_rounded(
-    x: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, last_tokens: torch.Tensor
-) -> torch.Tensor:
-    return linear_choose_greedy(x.double(), weight.double(), owners, last_tokens)
+def _scores_not_rounded(x: torch.Tensor, weight: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+    return linear_choose_greedy(x.double(), weight.double(), *kept)
 
 
 def _chosen_by(wrong: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -113,7 +107,7 @@ def _moved(x: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, last_tok
     return x.nbytes + weight.nbytes + owners.nbytes + len(owners) * (8 + 8)
 
 
-def _flops(x: torch.Tensor, weight: torch.Tensor, owners: torch.Tensor, last_tokens: torch.Tensor) -> int:
+def _flops(x: torch.Tensor, weight: torch.Tensor, *kept: torch.Tensor) -> int:
     return 2 * len(x) * weight.numel()
 
 
