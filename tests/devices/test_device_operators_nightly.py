@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from device_operators import GROUPS, assert_meets_contract, operators
+from device_operators import GROUPS, assert_meets_contract, fresh_seed, operators
+
+from lockstep.ops.check import check_mutants
+from lockstep.ops.registry import contracts
 
 pytestmark = pytest.mark.suite("sim", "cuda-1", "rocm-1", "musa-1", stage="nightly", seconds=300)
 
@@ -14,3 +17,4 @@ NUM_ROUNDS = 3
 def test_operator(op: str, suite_platform: str) -> None:
     for _ in range(NUM_ROUNDS):
         assert_meets_contract(op, suite_platform)
+        assert check_mutants(contracts()[op], fresh_seed()) == []

@@ -10,7 +10,7 @@ import torch
 
 from lockstep.core.capabilities import Capabilities
 from lockstep.native import usable_instruction_sets
-from lockstep.ops.check import KernelReport, check_kernel, check_mutants
+from lockstep.ops.check import KernelReport, check_kernels, check_mutants
 from lockstep.ops.contract import Case, Contract, Kernel, Tolerance
 from lockstep.ops.registry import contracts, kernels
 from lockstep.platforms.cpu import CpuPlatform
@@ -52,9 +52,18 @@ def by_dtype(name: str) -> dict[torch.dtype, Contract]:
 
 
 @cache
+def all_reports(op: str, seed: int) -> dict[torch.dtype, dict[str, KernelReport]]:
+    """How an operator's kernels do that are checked with this seed, by the dtype of the results and by provider."""
+    checked = [kernel for kernel in all_kernels() if kernel.op == op and seed in seeds_of(kernel)]
+    return {
+        dtype: {report.provider: report for report in check_kernels(only, checked, seed=seed)}
+        for dtype, only in by_dtype(op).items()
+    }
+
+
 def reports(kernel: Kernel, seed: int) -> dict[torch.dtype, KernelReport]:
     """How a kernel does, by the dtype of the results."""
-    return {dtype: check_kernel(only, kernel, seed=seed) for dtype, only in by_dtype(kernel.op).items()}
+    return {dtype: found[kernel.provider] for dtype, found in all_reports(kernel.op, seed).items()}
 
 
 def seeds_of(kernel: Kernel) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,33 +53,34 @@ class KernelReport:
 def check_kernel(
     contract: Contract, kernel: Kernel, *, seed: int, device: torch.device | str = "cpu"
 ) -> KernelReport:
-    """Runs every case that the kernel accepts on `device`, with weights prepared as a model would.
+    """What `check_kernels` says of a single kernel."""
+    (report,) = check_kernels(contract, (kernel,), seed=seed, device=device)
+    return report
+
+
+def check_kernels(
+    contract: Contract, kernels: Sequence[Kernel], *, seed: int, device: torch.device | str = "cpu"
+) -> tuple[KernelReport, ...]:
+    """Runs every case on `device` by each kernel that accepts it, with weights prepared as a model would.
 
     Each case runs twice, the second time with NaN in all memory that the kernel allocates; the first call's results
     are kept and must not be touched by it. A kernel that raises fails the case. Raises KernelError when the contract
     itself is unfit (no tolerance, nothing to prepare).
     """
-    num_cases, worst = 0, (0.0, "")
-    refused: list[tuple[str, str]] = []
-    failures: list[str] = []
+    found = [_Findings() for _ in kernels]
     for case in contract.cases():
-        reason = kernel.refuses(case.signature)
-        if reason is not None:
-            refused.append((case.name, reason))
-            continue
-        num_cases += 1
-        trial = _Trial(contract, case, seed, torch.device(device))
-        for mode, what in ((nullcontext(), ""), (_PoisonedAllocations(), " with NaN in fresh memory")):
-            try:
-                share, found = trial.judge(kernel.function, kernel.prepare, mode)
-            except KernelError:
-                raise
-            except Exception as error:
-                share, found = math.inf, [f"raised {type(error).__name__}: {error}"]
-            worst = max(worst, (share, case.name))
-            failures.extend(f"{case.name}{what}: {text}" for text in found)
-    return KernelReport(
-        contract.name, kernel.provider, seed, num_cases, *worst, tuple(refused), tuple(failures)
+        trial: _Trial | None = None
+        for kernel, findings in zip(kernels, found, strict=True):
+            reason = kernel.refuses(case.signature)
+            if reason is not None:
+                findings.refused.append((case.name, reason))
+                continue
+            # What is expected takes longer than most kernels do: it is computed once for all of them.
+            trial = trial or _Trial(contract, case, seed, torch.device(device))
+            findings.run(trial, case.name, kernel)
+    return tuple(
+        findings.report(contract.name, kernel.provider, seed)
+        for kernel, findings in zip(kernels, found, strict=True)
     )
 
 
@@ -96,11 +97,40 @@ def check_mutants(contract: Contract, seed: int) -> list[str]:
         trial = _Trial(contract, case, seed, torch.device("cpu"))
         for name, mutant in contract.mutants.items():
             if not rejected[name].get(trial.dtype):
-                share, _ = trial.judge(mutant, None, nullcontext())
+                share, _ = trial.judge(mutant, None, nullcontext(), [])
                 rejected[name][trial.dtype] = share > 1
     return [
         f"{name} ({dtype})" for name, by_dtype in rejected.items() for dtype, was in by_dtype.items() if not was
     ]
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What is known of a kernel so far."""
+
+    num_cases: int = 0
+    worst: tuple[float, str] = (0.0, "")
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def run(self, trial: _Trial, name: str, kernel: Kernel) -> None:
+        """The case of this name."""
+        self.num_cases += 1
+        earlier: NamedTensors = []
+        for mode, what in ((nullcontext(), ""), (_PoisonedAllocations(), " with NaN in fresh memory")):
+            try:
+                share, found = trial.judge(kernel.function, kernel.prepare, mode, earlier)
+            except KernelError:
+                raise
+            except Exception as error:
+                share, found = math.inf, [f"raised {type(error).__name__}: {error}"]
+            self.worst = max(self.worst, (share, name))
+            self.failures.extend(f"{name}{what}: {text}" for text in found)
+
+    def report(self, op: str, provider: str, seed: int) -> KernelReport:
+        return KernelReport(
+            op, provider, seed, self.num_cases, *self.worst, tuple(self.refused), tuple(self.failures)
+        )
 
 
 class _Trial:
@@ -111,7 +141,6 @@ class _Trial:
         self._device = device
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {case.name}".encode()))
         self._memory = CallMemory(contract.arguments, case.make(generator))
-        self._earlier: NamedTensors = []
         self._typed = outcome(contract, contract.reference, self._memory.place("cpu").arguments)
         self.dtype = self._typed[0][1].dtype
         if self.dtype not in contract.tolerance:
@@ -120,9 +149,16 @@ class _Trial:
         self._expected = self._typed if exact else self._in_float64()
 
     def judge(
-        self, function: _Function, prepare: _Function | None, mode: AbstractContextManager[Any]
+        self,
+        function: _Function,
+        prepare: _Function | None,
+        mode: AbstractContextManager[Any],
+        earlier: NamedTensors,
     ) -> tuple[float, list[str]]:
-        """The largest error as a share of the tolerance, and what is wrong in words."""
+        """The largest error as a share of the tolerance, and what is wrong in words.
+
+        `earlier` are poisoned results of the call before, which this one must not touch; then those of this one.
+        """
         placed = self._memory.place(self._device)
         given = list(placed.arguments)
         if prepare is not None:
@@ -131,9 +167,7 @@ class _Trial:
             found = outcome(self._contract, function, given)
         problems = [*placed.changes()]
         problems += [
-            f"the {name} of an earlier call was written"
-            for name, value in self._earlier
-            if not is_poison(value)
+            f"the {name} of an earlier call was written" for name, value in earlier if not is_poison(value)
         ]
         worst = 0.0
         for (name, value), (_, typed), (_, wide) in zip(found, self._typed, self._expected, strict=True):
@@ -148,7 +182,7 @@ class _Trial:
             worst = max(worst, share)
             if share > 1:
                 problems.append(f"{name} is off by {share:.3g} times what is accepted")
-        self._earlier = [(name, poison(value)) for name, value in found[: len(self._contract.returns)]]
+        earlier[:] = [(name, poison(value)) for name, value in found[: len(self._contract.returns)]]
         return worst, problems
 
     def _tolerance(self, name: str, typed: torch.Tensor) -> Tolerance:
@@ -169,7 +203,7 @@ class _Trial:
 
 def error_share(value: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance) -> float:
     """max |value - expected| / (absolute + relative * |expected|); infinite where one of them alone is no number."""
-    if value.numel() == 0:
+    if value.numel() == 0 or (value.dtype == expected.dtype and torch.equal(value, expected)):
         return 0.0
     value, expected = value.double(), expected.double()
     error = (value - expected).abs().masked_fill(value == expected, 0.0)

@@ -95,6 +95,8 @@ class _Storage:
 
     def changes(self, after: torch.Tensor) -> Iterator[str]:
         """What of it differs and may not."""
+        if torch.equal(after, self.image):
+            return
         changed = (after != self.image) & ~self.may_change
         if not bool(changed.any()):
             return

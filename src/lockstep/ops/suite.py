@@ -10,7 +10,7 @@ import torch
 
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, KernelError, nearest
-from lockstep.ops.check import KernelReport, check_kernel, check_mutants
+from lockstep.ops.check import KernelReport, check_kernels, check_mutants
 from lockstep.ops.contract import Contract, Kernel
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import unmet_need
@@ -115,7 +115,7 @@ def check(selected: Selected, device: torch.device, seed: int) -> OperatorReport
     contract = selected.contract
     return OperatorReport(
         contract.name,
-        tuple(check_kernel(contract, kernel, seed=seed, device=device) for kernel in selected.kernels),
+        check_kernels(contract, selected.kernels, seed=seed, device=device),
         selected.not_run,
         len(contract.mutants),
         tuple(check_mutants(contract, seed)),
