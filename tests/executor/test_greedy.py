@@ -291,6 +291,14 @@ def test_the_largest_size_is_recorded_before_others_of_many_rows(monkeypatch: py
     assert all(isinstance(graph, TapeGraph) for graph in engine.made) and len(engine.made) == 9
 
 
+def test_no_request_waits_for_the_smallest_sizes_or_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lockstep.executor.graphs.SMALLEST", 2)
+    engine = Engine(layout_named("llama"), with_graphs=True)
+    with torch.inference_mode():
+        engine.graphs.record_first()
+        assert engine.graphs.sizes == (1, 2, 4, 6) and engine.graphs.missing == [4]
+
+
 def test_a_choice_that_asks_the_host_is_made_in_parts_beside_the_graph() -> None:
     one, other = pair(ASKING_TOGETHER)
     for plan in plans({0: 3, 1: 9}, [], 3, BARE):

@@ -81,7 +81,7 @@ class Runners:
         pool = self._pool(num_pages)
         graphs = self._graphs(pool)
         if graphs is not None:
-            graphs.record_smallest()
+            graphs.record_first()
         return self._runner(pool, hooks, graphs, wants_all=self._is_watched), pool
 
     def host_pool(self, pool: KVPool, num_pages: int) -> HostPool:

@@ -48,7 +48,7 @@ _NOT_ASKED = (
 """Operators without which a step of single tokens can be recorded, and those that the backend answers for."""
 
 SMALLEST = 8
-"""Up to this many rows, graphs are recorded at start."""
+"""Up to this many rows, graphs are recorded at start; so is the largest."""
 
 
 def ladder(most_rows: int) -> tuple[int, ...]:
@@ -204,10 +204,10 @@ class DecodeGraphs:
         step.fill(inputs)
         return step.replay()
 
-    def record_smallest(self) -> None:
-        """Records the sizes that nearly every use wants, so that no request waits for them."""
+    def record_first(self) -> None:
+        """Records the sizes that nearly every use wants, and the one that others need, so that no request waits."""
         for size in self.sizes:
-            if size <= SMALLEST:
+            if size <= SMALLEST or size == self.sizes[-1]:
                 self.step(size)
 
     @property
@@ -266,10 +266,10 @@ class StepGraphs:
         assert steps is not None, "only steps that a graph can hold are padded"
         return steps.compute(inputs)
 
-    def record_smallest(self) -> None:
-        """Records the steps of single tokens that nearly every use wants, so that no request waits for them."""
+    def record_first(self) -> None:
+        """Records the steps of single tokens that no request is to wait for."""
         if self._whole is not None:
-            self._whole.record_smallest()
+            self._whole.record_first()
 
     def record_next(self) -> bool:
         """Records the smallest step that is not recorded yet; False when all are."""
