@@ -23,7 +23,7 @@ PROMPTS = [
     "A list of the first ten prime numbers:",
     " ".join(f"Line {number}: the quick brown fox jumps over the lazy dog." for number in range(12)),
 ]
-PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
+PARAMS = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=2)
 # The sums of a wide model come in another order when a batch has another shape.
 TOLERANCE = 5e-4
 # One reduction over two ranks in every block.
@@ -59,7 +59,7 @@ def test_company_then_prefix_hits(expected: list[Completion]) -> None:
 
 
 def test_preemption(expected: list[Completion]) -> None:
-    with LLM(**FLOAT32 | {"max_total_tokens": 16 * 20, "page_size": 16}) as llm:
+    with LLM(**FLOAT32 | {"max_total_tokens": 4 * 50, "page_size": 4}) as llm:
         longest, short = PROMPTS[-1], PROMPTS[:-1]
         answers = llm.generate([longest, *short, *short, *short], PARAMS)
         assert llm.stats().num_preemptions > 0

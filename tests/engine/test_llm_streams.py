@@ -41,7 +41,7 @@ def llm(path: Path) -> Iterator[LLM]:
 @pytest.fixture(scope="module")
 def writer() -> Iterator[LLM]:
     """The embedded model: its text has characters of several tokens."""
-    with LLM(dtype="float32", threads=1, max_total_tokens=2048) as opened:
+    with LLM(threads=1, max_total_tokens=2048) as opened:
         yield opened
 
 

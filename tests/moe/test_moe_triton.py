@@ -115,11 +115,23 @@ PROGRAMS += [
 ]
 
 
-@pytest.mark.parametrize("target", [("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda target: target[0])
-@pytest.mark.parametrize(
+OF_PROGRAMS = pytest.mark.parametrize(
     ("op", "name", "constants"), PROGRAMS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_programs_compile(op: str, name: str, constants: dict[str, Any], target: tuple[str, Any, int]) -> None:
+
+
+@OF_PROGRAMS
+def test_programs_compile(op: str, name: str, constants: dict[str, Any]) -> None:
+    compile_for(("cuda", 90, 32), op, name, constants)
+
+
+@pytest.mark.suite("cpu", stage="nightly", seconds=20)
+@OF_PROGRAMS
+def test_programs_compile_for_another_vendor(op: str, name: str, constants: dict[str, Any]) -> None:
+    compile_for(("hip", "gfx942", 64), op, name, constants)
+
+
+def compile_for(target: tuple[str, Any, int], op: str, name: str, constants: dict[str, Any]) -> None:
     """What the interpreter lets pass, types of branches and layouts of products, a compiler does not."""
     triton = pytest.importorskip("triton")
     import importlib
