@@ -11,7 +11,7 @@ from lockstep.bench.workload import Job
 from peers.gpu_engine import Engine
 from peers.gpu_workloads import Workload, WorkloadFile
 
-REPEATS = {"decode": 3, "prefill": 5, "prefix": 3, "throughput": 3}
+REPEATS = {"decode": 3, "prefill": 5, "prefix": 3, "throughput": 5}
 
 
 @dataclass(frozen=True)
