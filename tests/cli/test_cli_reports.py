@@ -97,6 +97,27 @@ def test_explain_config_refuses_what_cannot_work(capsys: Streams) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        (
+            ("--force-kernel", "rms_norm=tritn"),
+            "--force-kernel rms_norm=tritn names no kernel; did you mean 'triton'?",
+        ),
+        (("--force-kernel", "rms_nrm=triton"), "--force-kernel names unknown operator 'rms_nrm'"),
+        (
+            ("--attention-backend", "flashinfr"),
+            "unknown attention backend 'flashinfr'; did you mean 'flashinfer'?",
+        ),
+    ],
+)
+def test_explain_config_refuses_names_that_no_kernel_has(
+    name: tuple[str, str], error: str, capsys: Streams
+) -> None:
+    assert main(["explain", "config", *name]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {error}")
+
+
 def test_explain_memory(opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
     lines = [
         MemoryLine("others", 2**30, "other programs", is_own=False),

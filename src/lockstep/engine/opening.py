@@ -128,9 +128,26 @@ def model_facts(files: ModelFiles) -> ModelFacts:
 
 
 def resolve_options(options: Mapping[str, Any]) -> Resolution:
-    """Every option decided, with reasons; headers are read, weights are not."""
+    """Every option decided, with reasons; headers are read, weights are not.
+
+    Raises what `open_for_running` does, and ConfigError or KernelError for a name that no backend or kernel has.
+    """
     opened = open_for_running(options)
+    _require_known_kernels(opened.config)
     return Resolution(opened.config, opened.decisions)
+
+
+def _require_known_kernels(config: EngineConfig) -> None:
+    """Whether they can serve shows when the model is built; what they are called need not wait for it."""
+    kernels = config.kernels
+    if kernels.attention_backend is not None:
+        from lockstep.attention.choice import check_backend
+
+        check_backend(kernels.attention_backend)
+    if kernels.force_kernel:
+        from lockstep.ops.selection import check_forced
+
+        check_forced(kernels.forced)
 
 
 def reopen(platform: Platform, config: EngineConfig) -> OpenedModel:

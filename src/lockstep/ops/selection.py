@@ -66,7 +66,7 @@ class KernelSelector:
         self._forced = dict(forced or {})
         self._strict = strict
         self.bindings: list[Binding] = []
-        self._check_forced()
+        check_forced(self._forced)
 
     def bind(self, op: str, where: str, signature: Signature) -> Binding:
         """The kernel for this call site. Raises KernelError when none accepts, or a forced one refuses."""
@@ -182,17 +182,19 @@ class KernelSelector:
     def _refusal(self, kernel: Kernel, signature: Signature) -> str | None:
         return unmet_need(kernel, self._capabilities) or kernel.refuses(signature)
 
-    def _check_forced(self) -> None:
-        for op, provider in self._forced.items():
-            if op != "*" and op not in contracts():
-                raise KernelError(f"--force-kernel names unknown operator {op!r}{nearest(op, contracts())}")
-            ops = contracts() if op == "*" else (op,)
-            known = list(dict.fromkeys(kernel.provider for name in ops for kernel in kernels(name)))
-            if provider not in known:
-                raise KernelError(
-                    f"--force-kernel {op}={provider} names no kernel{nearest(provider, known)} "
-                    f"(known: {', '.join(known)})"
-                )
+
+def check_forced(forced: Mapping[str, str]) -> None:
+    """Raises KernelError for an operator that does not exist, or a kernel that it does not have."""
+    for op, provider in forced.items():
+        if op != "*" and op not in contracts():
+            raise KernelError(f"--force-kernel names unknown operator {op!r}{nearest(op, contracts())}")
+        ops = contracts() if op == "*" else (op,)
+        known = list(dict.fromkeys(kernel.provider for name in ops for kernel in kernels(name)))
+        if provider not in known:
+            raise KernelError(
+                f"--force-kernel {op}={provider} names no kernel{nearest(provider, known)} "
+                f"(known: {', '.join(known)})"
+            )
 
 
 def passed_over(binding: Binding, capabilities: Capabilities) -> tuple[tuple[str, str], ...]:
