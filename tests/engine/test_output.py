@@ -139,6 +139,22 @@ def test_choices_grow_side_by_side_and_an_ended_one_takes_no_more() -> None:
     assert [(each.index, each.text) for each in output.deltas] == [(1, "ab")]
 
 
+def test_what_is_told_of_a_prompt_goes_out_with_the_first_token_all_of_it() -> None:
+    request = Request(request_id="r", prompt_token_ids=(0,) * 5, params=SamplingParams(prompt_logprobs=0))
+    stream = RequestStream(request, TOKENIZER)
+    told = tuple(TokenLogprob(0, -float(at), ()) for at in range(4))
+    for part in (told[:2], (), told[2:]):
+        stream.add(SequenceEvent("r", 0, (), prompt_logprobs=part, num_cached_tokens=1))
+        assert stream.take() is None
+    stream.add(SequenceEvent("r", 0, (1,)))
+    output = stream.take()
+    assert output is not None and output.prompt_logprobs == told and output.num_cached_tokens == 1
+    assert [each.token_ids for each in output.deltas] == [(1,)]
+    stream.add(SequenceEvent("r", 0, (), finish_reason="abort"))
+    output = stream.take()
+    assert output is not None and output.finished and output.prompt_logprobs == ()
+
+
 def test_a_processor_gives_silent_requests_at_their_end_and_names_those_to_abort() -> None:
     processor = OutputProcessor(TOKENIZER)
     for name, stop in (("silent", ()), ("heard", ("END",))):

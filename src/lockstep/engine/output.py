@@ -152,14 +152,17 @@ class RequestStream:
         choice = self._choices[event.index]
         if choice.finish_reason is not None:
             return
-        choice.add(event)
-        self.has_news = True
         if event.num_cached_tokens > self._num_cached_tokens:
             self._num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs:
             self._prompt_logprobs += event.prompt_logprobs
         if event.embedding is not None:
             self._embedding = event.embedding
+        if not event.token_ids and event.finish_reason is None:
+            # A part of a prompt. What it tells of the prompt goes out with the first token, all of it together.
+            return
+        choice.add(event)
+        self.has_news = True
         if choice.finish_reason is not None:
             self.finished = all(each.finish_reason is not None for each in self._choices)
 
