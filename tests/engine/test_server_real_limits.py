@@ -141,6 +141,32 @@ def test_an_id_in_use_is_refused_and_its_owner_goes_on(idle: Served) -> None:
     asyncio.run(crowd())
 
 
+def test_an_id_may_be_used_again_at_once(idle: Served) -> None:
+    """Whether a stop string ended the request before or its client left: none of its tokens reach the next one."""
+
+    def ask(n: int, max_tokens: int, **more: Any) -> str | None:
+        """The text; None while the request before is not known to have ended."""
+        response = idle.http.post(COMPLETIONS, json=again(n, max_tokens, **more))
+        return response.json()["choices"][0]["text"] if response.status_code == 200 else None
+
+    def again(n: int, max_tokens: int, **more: Any) -> dict[str, Any]:
+        return story(n, max_tokens, temperature=0, request_id="again", **more)
+
+    def ask_when_free() -> str:
+        found: list[str | None] = []
+        eventually(lambda: found.append(ask(1, 6)) or found[-1] is not None, 5)
+        return str(found[-1])
+
+    text, expected = ask(0, 20), ask(1, 6)
+    assert text is not None and expected is not None
+    for _ in range(4):
+        assert ask(0, 400, stop=[text[6:10]]) is not None
+        assert ask_when_free() == expected
+        with idle.http.stream("POST", COMPLETIONS, json=again(0, 400, stream=True)) as left:
+            next(left.iter_lines())
+        assert ask_when_free() == expected
+
+
 def test_abort_by_id_ends_one_request(idle: Served) -> None:
     async def crowd() -> None:
         async with asking(idle.url, headers=BEARER) as asker:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from lockstep.config import Given, gather, wanted
@@ -45,6 +45,7 @@ class _Seat:
     def __init__(self) -> None:
         self.replica: Replica | None = None
         self.inboxes: dict[str, Inbox] = {}
+        """By the id that the engine knows a request by."""
         self.calls: dict[int, asyncio.Future[Reply]] = {}
         self._heard_s = 0.0
         self._longest_step_s = 0.0
@@ -108,6 +109,7 @@ class ProcessClient:
         self._events_per_s = EVENTS_PER_S_ON_HOST
         self._turns = Turns(self._give_all)
         self._seats: list[_Seat] = []
+        self._running: dict[str, tuple[_Seat, str]] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._closing = False
 
@@ -167,39 +169,41 @@ class ProcessClient:
 
     async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
         """See EngineClient."""
-        if any(request.request_id in seat.inboxes for seat in self._seats):
+        if request.request_id in self._running:
             raise InvalidRequest(
                 f"a request with the id {request.request_id!r} is still running", param="request_id"
             )
         seat = self._least_loaded()
-        inbox = seat.inboxes[request.request_id] = Inbox(RequestStream(request, self.tokenizer))
+        # The client may use an id again while news of the request before are still on their way.
+        inner_id = f"{request.request_id}#{next(self._numbers)}"
+        inbox = seat.inboxes[inner_id] = Inbox(RequestStream(request, self.tokenizer))
+        self._running[request.request_id] = seat, inner_id
         replica = seat.replica
         try:
-            await self._send(seat, Submit(request))
+            await self._send(seat, Submit(replace(request, request_id=inner_id)))
             while True:
                 found = await inbox.next()
                 yield found
                 if found.finished:
                     return
         finally:
-            del seat.inboxes[request.request_id]
+            del seat.inboxes[inner_id], self._running[request.request_id]
             if inbox.expects_more and seat.replica is replica and replica is not None:
                 # The reader left early. Sending cannot block, and must not be cut by the reader's cancellation.
                 with suppress(EngineDead):
-                    await asyncio.shield(replica.send(Abort(request.request_id)))
+                    await asyncio.shield(replica.send(Abort(inner_id)))
 
     async def abort(self, request_id: str) -> bool:
         """See EngineClient."""
-        for seat in self._seats:
-            if request_id in seat.inboxes and seat.replica is not None:
-                await seat.replica.send(Abort(request_id))
-                return True
-        return False
+        seat, inner_id = self._running.get(request_id, (None, ""))
+        if seat is None or seat.replica is None:
+            return False
+        await seat.replica.send(Abort(inner_id))
+        return True
 
     async def abort_all(self) -> int:
         """See EngineClient."""
-        request_ids = [request_id for seat in self._seats for request_id in seat.inboxes]
-        return sum([await self.abort(request_id) for request_id in request_ids])
+        return sum([await self.abort(request_id) for request_id in list(self._running)])
 
     async def flush_cache(self) -> int:
         """See EngineClient."""
