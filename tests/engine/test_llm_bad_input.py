@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_llm import make_tiny, open_tiny
+from tokenizers import AddedToken, Tokenizer
 
 from lockstep.core.errors import ConfigError, InvalidRequest, LockstepError, ModelFileError
 from lockstep.core.sampling import Grammar, SamplingParams
@@ -31,6 +32,21 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     make_tiny(path)
     with open_tiny(path, context_length=CONTEXT, max_total_tokens=128) as opened:
         yield opened
+
+
+def test_text_that_spells_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
+    """A tokenizer may have more ids than the model has embeddings."""
+    make_tiny(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.add_special_tokens([AddedToken(f"<|{number}|>", special=True) for number in range(5)])
+    tokenizer.save(str(file))
+    with open_tiny(tmp_path) as llm:
+        last = llm.card.vocab_size - 1
+        assert tokenizer.token_to_id("<|4|>") > last
+        with pytest.raises(InvalidRequest, match=f"is not one of 0 to {last}"):
+            llm.generate(["hello <|4|>"])
+        assert llm.generate(["hello"], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids
 
 
 @pytest.fixture(scope="module")

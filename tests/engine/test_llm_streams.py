@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_llm import assert_same, make_tiny, open_tiny, random_prompts
 
-from lockstep.core.errors import EngineDead
+from lockstep.core.errors import EngineDead, LockstepError
 from lockstep.core.sampling import Grammar, SamplingParams
 from lockstep.core.step import StepPlan
 from lockstep.engine.llm import LLM, Completion
@@ -213,6 +213,38 @@ def test_threads_share_an_llm(llm: LLM) -> None:
     for at in range(3):
         assert_same(found[at], expected[at])
     assert_idle(llm, num_aborted=0)
+
+
+def test_a_thread_that_never_pauses_lets_others_have_their_turn(llm: LLM) -> None:
+    """Of a short answer beside a long one, the engine does hardly more steps than it takes."""
+    prompts = random_prompts((9, 9))
+    long = threading.Thread(target=llm.generate, args=(prompts[:1], replace(GREEDY, max_tokens=240)))
+    long.start()
+    try:
+        while long.is_alive() and not llm.stats().num_running:
+            time.sleep(0.001)
+        for _ in range(5):
+            num_steps = llm.stats().num_steps
+            llm.generate(prompts[1:], replace(GREEDY, max_tokens=4))
+            assert llm.stats().num_steps - num_steps < 20
+        assert long.is_alive(), "too quick to show anything"
+    finally:
+        long.join()
+
+
+def test_when_one_of_many_fails_nobody_computes_the_others(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(output: object) -> None:
+        raise LockstepError("generation failed: for the test")
+
+    prompts, narrow = random_prompts([9] * 60), {"max_running_requests": 4, "max_queued_requests": 8}
+    with open_tiny(path, **narrow, chunked_prefill_size=64) as llm:
+        with monkeypatch.context() as patched, pytest.raises(LockstepError, match="for the test"):
+            patched.setattr("lockstep.engine.llm._require_success", fail)
+            llm.generate(prompts, GREEDY)
+        stats = llm.stats()
+        llm.generate(prompts[:1], replace(GREEDY, max_tokens=4))
+        assert llm.stats().num_steps - stats.num_steps < 8
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
 
 
 def test_two_llms_in_one_process(path: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import threading
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
@@ -27,6 +26,7 @@ from lockstep.engine.messages import Abort, FlushCache, Rejected, Reply, Submit
 from lockstep.engine.model_files import read_ahead_weights
 from lockstep.engine.output import OutputProcessor
 from lockstep.engine.rejection import rejection
+from lockstep.engine.turn_lock import TurnLock
 from lockstep.executor.memory import MemoryLine
 from lockstep.features.grammar import GrammarCompiler
 from lockstep.ops.selection import Binding
@@ -117,7 +117,7 @@ class LLM:
         self._commands: deque[Submit | Abort | FlushCache] = deque()
         self._inboxes: dict[str, deque[RequestOutput | LockstepError]] = {}
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
+        self._lock = TurnLock()
         self._closed = False
         self._broken: str | None = None
         self._collect_again = leave_alone_while(self)
@@ -273,9 +273,9 @@ class LLM:
         return request
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        items, vocab_size = _items(prompt), self.card.vocab_size
+        # A tokenizer may have more ids than the model has embeddings, so those of a text are looked at, too.
+        items = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _items(prompt)
+        vocab_size = self.card.vocab_size
         # Prompts are long: plain numbers in range are taken as they are.
         if set(map(type, items)) <= {int} and (not items or (min(items) >= 0 and max(items) < vocab_size)):
             return tuple(items)
@@ -373,7 +373,7 @@ class LLM:
             if isinstance(answer, Rejected) and answer.request_id in self._inboxes:
                 self._processor.drop(answer.request_id)
                 self._inboxes[answer.request_id].append(rejection(answer))
-        self._commands.extend(Abort(request_id) for request_id in to_abort)
+        self._commands.extendleft(Abort(request_id) for request_id in to_abort)
         return [answer for answer in answers if isinstance(answer, Reply)]
 
     def _forget(self, request_id: str) -> None:
@@ -382,9 +382,17 @@ class LLM:
             if self._inboxes.pop(request_id, None) is None:
                 return
             if self._processor.drop(request_id):
-                self._commands.append(Abort(request_id))
+                self._withdraw(request_id)
             if self._commands and not self._inboxes and not self._closed and self._broken is None:
                 self._step(self._take_commands())
+
+    def _withdraw(self, request_id: str) -> None:
+        """Takes an unfinished request back from the queue, or else from the engine: before others begin."""
+        for command in self._commands:
+            if isinstance(command, Submit) and command.request.request_id == request_id:
+                self._commands.remove(command)
+                return
+        self._commands.appendleft(Abort(request_id))
 
     def _require_alive(self) -> None:
         if self._closed:
