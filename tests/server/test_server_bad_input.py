@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -227,6 +228,20 @@ def test_bad_bytes(in_process: App, body: bytes, part: str) -> None:
     assert response.status_code == 400, response.text
     assert part in response.json()["error"]["message"]
     assert app.client.requests == []
+
+
+def test_text_that_spells_a_token_beyond_the_vocabulary(in_process: App) -> None:
+    """A tokenizer may have more ids than the model has embeddings."""
+    client = FakeClient()
+    client.card = replace(client.card, vocab_size=ord("x"))
+    for path, sent in (
+        (COMPLETIONS, {"prompt": "fox"}),
+        (CHAT, {"messages": HELLO}),
+        ("/generate", {"text": "x"}),
+    ):
+        response = in_process(client).post(path, sent)
+        assert response.status_code == 400 and "out of range" in response.json()["error"]["message"]
+    assert client.requests == []
 
 
 def test_wrong_content_type_says_which(in_process: App) -> None:

@@ -58,6 +58,7 @@ HERMES = [
     ("<tool_call>{broken</tool_call> on", "<tool_call>{broken</tool_call> on", []),
     ('<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', []),
     ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
+    ('<tool_call>{"name": ["add"]}</tool_call>', '<tool_call>{"name": ["add"]}</tool_call>', []),
     ("a <tool_ca", "a <tool_ca", []),
     ("1 < 2 <<tool_call", "1 < 2 <<tool_call", []),
     ("", "", []),
@@ -74,6 +75,7 @@ LLAMA = [
     ('{"name": "rm", "parameters": {}}', '{"name": "rm", "parameters": {}}', []),
     ('{"name": "add", "parameters": {}} trailing', '{"name": "add", "parameters": {}} trailing', []),
     ("{broken", "{broken", []),
+    ('{"name": {"add": 1}, "parameters": {}}', '{"name": {"add": 1}, "parameters": {}}', []),
     ("<|pyth", "<|pyth", []),
 ]
 REQUIRED = [
@@ -112,6 +114,13 @@ def test_reader_whatever_the_pieces(
 @given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", "{", "}", "<", "a", '"name"', " ", "\n"])))
 def test_hermes_loses_nothing_that_is_no_call(parts: list[str]) -> None:
     assert read(HermesReader(NAMES), parts) == ("".join(parts), [])
+
+
+@pytest.mark.parametrize("reader", [HermesReader(NAMES), Llama3JsonReader(NAMES)])
+def test_what_is_nested_too_deeply_is_text(reader: AnswerReader) -> None:
+    answer = '<tool_call>{"name": "add", "parameters": ' + "[" * 100_000
+    answer = answer.removeprefix("<tool_call>") if isinstance(reader, Llama3JsonReader) else answer
+    assert read(reader, [answer]) == (answer, [])
 
 
 def test_text_streams_before_a_call() -> None:

@@ -121,7 +121,8 @@ def encode_prompt(
         found = Prompt(tuple(client.tokenizer.encode(prompt, add_special_tokens=add_special_tokens)), prompt)
     else:
         found = Prompt(tuple(prompt))
-        check_token_ids(client, found.token_ids, param)
+    # Those of a text, too: a tokenizer may have more ids than the model has embeddings.
+    check_token_ids(client, found.token_ids, param)
     if not found.token_ids:
         raise InvalidRequest(f"{param} is empty; it needs at least one token", param=param)
     return found

@@ -67,7 +67,7 @@ def _parsed(arguments: str) -> Any:
     """Templates expect an object; what is no JSON stays text."""
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 

@@ -53,7 +53,7 @@ class HermesReader:
     def _call(self, body: str, *, closed: bool) -> Iterator[Piece]:
         try:
             pieces = call_pieces(json.loads(body), self._names)
-        except ValueError:
+        except (ValueError, RecursionError):
             pieces = None
         self._after_call = pieces is not None
         yield from pieces or [Text(OPEN + body + (CLOSE if closed else ""))]

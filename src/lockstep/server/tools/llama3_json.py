@@ -49,7 +49,7 @@ class Llama3JsonReader:
         while text := text.strip(" \n\r\t;"):
             try:
                 value, end = json.JSONDecoder().raw_decode(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return None
             found = call_pieces(value, self._names)
             if found is None:

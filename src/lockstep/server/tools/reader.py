@@ -57,12 +57,13 @@ class TextReader:
 
 def call_pieces(value: Any, names: Collection[str]) -> list[Piece] | None:
     """A parsed `name` with `arguments` or `parameters` as pieces; None unless it calls a known tool."""
-    if not isinstance(value, dict) or value.get("name") not in names:
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        return [CallStart(value["name"]), CallArguments(arguments)]
-    return [CallStart(value["name"]), CallArguments(json.dumps(arguments, ensure_ascii=False))]
+        return [CallStart(name), CallArguments(arguments)]
+    return [CallStart(name), CallArguments(json.dumps(arguments, ensure_ascii=False))]
 
 
 def held_back(text: str, tag: str) -> int:
