@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from taped_engine import MOST_PIECED_ROWS, MOST_ROWS, Engine, decode_plan, layout_named, plans
@@ -9,8 +11,10 @@ from tiny_models import PAGE_SIZE
 
 from lockstep.core.step import StepPlan
 from lockstep.executor.inputs import StepInputs, build_inputs
+from lockstep.executor.page_copies import CopyingExecutor
 from lockstep.executor.pieces import piece_sizes
 from lockstep.executor.sequences import SequenceTable
+from lockstep.kv.pool.host_pool import HostPool
 
 pytestmark = pytest.mark.suite("cpu", seconds=8)
 
@@ -128,13 +132,15 @@ def test_pieces_hold_the_bound_kernels_and_no_others(name: str) -> None:
     assert set(recorded) == sites
 
 
-def test_idle_moments_record_what_is_missing() -> None:
+@pytest.mark.parametrize("has_host_pool", [False, True])
+def test_idle_moments_record_what_is_missing(has_host_pool: bool) -> None:
     """Sizes of both kinds, smallest first, each once; nothing is recorded anew by the steps that want them."""
     engine = Engine(layout_named("llama"), with_graphs=True, with_pieces=True)
     assert engine.pieces.missing == list(engine.pieces.sizes) and engine.graphs.missing == [1, 2, 4, 6]
     engine.runner.execute(plans({0: 3}, [], 0)[0])
+    executor = CopyingExecutor(engine.runner, cast(HostPool, None)) if has_host_pool else engine.runner
     num_recorded = 0
-    while engine.runner.record_next():
+    while executor.record_next():
         num_recorded += 1
         assert min(engine.graphs.missing + engine.pieces.missing, default=99) > 1
     assert num_recorded == len(engine.graphs.sizes) + len(engine.pieces.sizes) - 1

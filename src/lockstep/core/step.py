@@ -150,6 +150,10 @@ class Executor(Protocol):
         """Has everything of the plan under way when it returns, and waits for nothing. Steps run one after another."""
         ...
 
+    def record_next(self) -> bool:
+        """Does a little of what later steps would wait for; False when nothing is left to do. For idle moments."""
+        ...
+
 
 @dataclass(slots=True)
 class SequenceEvent:

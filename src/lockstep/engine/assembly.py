@@ -17,7 +17,6 @@ from lockstep.engine.loop import EngineLoop
 from lockstep.engine.model_files import open_tokenizer
 from lockstep.engine.opening import OpenedModel, open_for_running, reopen
 from lockstep.engine.ranks import Ranks, new_run_dir
-from lockstep.executor.runner import ModelRunner
 from lockstep.formats import ModelFiles
 from lockstep.native import extension, summary, usable_instruction_sets
 from lockstep.ops.native import is_native
@@ -96,9 +95,7 @@ class Engine:
 
         Ranks that sum over each other record together, when a step wants it.
         """
-        if self._ranks is not None or not isinstance(self.rank.core.executor, ModelRunner):
-            return False
-        return self.rank.core.executor.record_next()
+        return self._ranks is None and self.rank.core.executor.record_next()
 
     def close(self) -> None:
         """Ends the workers and removes the private folder. May be called twice."""

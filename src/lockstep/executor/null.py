@@ -33,6 +33,10 @@ class NullExecutor:
         ]
         return Landed(StepResult(plan.step_id, tuple(results)))
 
+    def record_next(self) -> bool:
+        """There is nothing to record."""
+        return False
+
     def _tokens(self, slices: Sequence[TokenSlice]) -> list[int]:
         """The token that follows each slice."""
         seeds = np.array([self._seeds[piece.seq_id] for piece in slices], dtype=np.uint64)

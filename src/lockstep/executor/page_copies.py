@@ -18,3 +18,7 @@ class CopyingExecutor:
         if plan.page_copies:
             self.host.perform(plan.page_copies)
         return self.executor.submit(plan)
+
+    def record_next(self) -> bool:
+        """See Executor."""
+        return self.executor.record_next()

@@ -88,7 +88,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def record_next(self) -> bool:
-        """Records one more size of step as a graph, for when nothing else is to be done; False when all are there."""
+        """Records one more size of step as a graph; False when all are there. See Executor."""
         return self._graphs is not None and self._graphs.record_next()
 
     def execute(self, plan: StepPlan) -> StepResult:
