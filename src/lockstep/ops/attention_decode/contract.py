@@ -30,6 +30,8 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, plain, (20, 3), num_spare_pages=2)
         yield case(dtype, plain, (20, 3), slice_rows=True)
         yield case(dtype, plain, (20, 33), pages_first=True)
+        yield case(dtype, Layer(4, 2, 64, 16), (20, 1, 65, 33), unseen="NaN")
+        yield case(dtype, Layer(4, 2, 64, 16, window=7), (20, 1, 65), unseen="NaN")
         yield case(dtype, Layer(128, 128, 32), (18,))
         yield case(dtype, Layer(128, 1, 32), (18, 2))
         yield case(dtype, Layer(4, 2, 64, 64), (8193,))

@@ -45,6 +45,7 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, Layer(2, 2, 256, 64), (70, 66), (Group(1, (0, 1)),), slice_rows=True)
         yield case(dtype, Layer(4, 1, 32), (65,) * (ROWS + 3), (Group(4, tuple(range(ROWS + 3))),))
         yield case(dtype, Layer(4, 2, 64), (1500, 1030), (Group(64, (0, 1)),), pages_first=True)
+        yield case(dtype, Layer(4, 2), (40, 35, 17, 1), (Group(2, (0, 1)),), unseen="NaN")
         yield case(dtype, Layer(4, 2), (40, 35), (Group(2, (0, 1)),), values="large queries")
         yield case(dtype, Layer(4, 2), (40, 35), (Group(2, (0, 1)),), values="zero queries")
         # Every number of query heads for a KV head that models have.

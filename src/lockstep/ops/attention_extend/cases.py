@@ -94,12 +94,14 @@ def paged_inputs(
     slice_rows: bool = False,
     pages_first: bool = False,
     values: str = "",
+    unseen: str = "",
 ) -> PagedInputs:
     """Random inputs for sequences of these lengths; `out` is NaN.
 
     `num_spare_pages` widens the page table. `slice_rows` leaves gaps between the heads of q, as products packed with
     keys do. `pages_first` gives a pool whose pages, not heads, are outermost in memory. `values` are those of queries
-    and keys: "" for normal ones, "zero queries", "large queries" with keys as much smaller, or "spread scores".
+    and keys: "" for normal ones, "zero queries", "large queries" with keys as much smaller, or "spread scores". With
+    `unseen` "NaN", so are the slots that hold no sequence's key: who had them before may have left anything there.
     """
     device = generator.device
     counts = [-(-length // layer.page_size) for length in num_keys]
@@ -119,6 +121,13 @@ def paged_inputs(
     elif values:
         q_scale, k_scale = {"zero queries": (0.0, 1.0), "large queries": (1024.0, 1 / 1024)}[values]
         q, k = q * q_scale, k * k_scale
+    if unseen:
+        slot_S = torch.arange(layer.page_size, device=device)
+        is_seen_PS = torch.zeros(num_pages, layer.page_size, dtype=torch.bool, device=device)
+        for row, length in zip(table.tolist(), num_keys, strict=True):
+            for at, page in enumerate(row[: -(-length // layer.page_size)]):
+                is_seen_PS[page] = slot_S < length - at * layer.page_size
+        k, v = (pool.masked_fill(~is_seen_PS[None, :, :, None], torch.nan) for pool in (k, v))
     if pages_first:
         k, v = (pool.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for pool in (k, v))
     return PagedInputs(

@@ -37,6 +37,7 @@ def _cases() -> Iterator[Case]:
         yield case(dtype, plain, ((5, 20), (9, 9)), num_spare_pages=2)
         yield case(dtype, plain, ((9, 20), (3, 3)), slice_rows=True)
         yield case(dtype, plain, ((9, 20), (30, 30)), pages_first=True)
+        yield case(dtype, Layer(4, 2, 64, 16), ((9, 20), (1, 1), (30, 65), (5, 5)), unseen="NaN")
         yield case(dtype, Layer(128, 128, 32), ((2, 18),))
         yield case(dtype, Layer(128, 1, 32), ((3, 18),))
         yield case(dtype, plain, ((3, 20),), values="zero queries")
@@ -83,8 +84,16 @@ CONTRACT = Contract(
     summary="causal attention of new tokens over the keys and values in their sequence's pages",
     arguments=(
         Argument("q", ("token", "head", "head_dim"), note="rows of each sequence together, then padding"),
-        Argument("k_pool", ("kv_head", "page", "slot", "head_dim"), note="any strides but the last; finite"),
-        Argument("v_pool", ("kv_head", "page", "slot", "head_dim"), note="any strides but the last; finite"),
+        Argument(
+            "k_pool",
+            ("kv_head", "page", "slot", "head_dim"),
+            note="any strides but the last; finite where keys are",
+        ),
+        Argument(
+            "v_pool",
+            ("kv_head", "page", "slot", "head_dim"),
+            note="any strides but the last; finite where keys are",
+        ),
         Argument("page_table", ("sequence", "page"), note="int32; not followed after a sequence's last key"),
         Argument("cu_rows", ("sequence + 1",), note="int32; the first row of each sequence, then of padding"),
         Argument("num_keys", ("sequence",), note="int32; new tokens included; 0 gives zeros"),

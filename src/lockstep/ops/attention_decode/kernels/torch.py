@@ -27,13 +27,15 @@ class DecodeRow:
 class DecodeGroup:
     """Rows of similar lengths, padded to common pages.
 
-    `rows_B` are their rows in q, a slice when they lie together from the first on. `bias` maps a window to what is
-    added to the scores: 0 for keys that are seen, -inf for padding and keys before the window.
+    `rows_B` are their rows in q, a slice when they lie together from the first on. `hidden` maps a window to where
+    there is padding, or a key before the window. Padding begins at `shortest` at the earliest; it may be no number.
     """
 
     rows_B: torch.Tensor | slice
     pages_BP: torch.Tensor
-    bias_B1L: dict[int, torch.Tensor]
+    hidden_B1L: dict[int, torch.Tensor]
+    padding_BL1: torch.Tensor
+    shortest: int
 
     def covers(self, num_rows: int) -> bool:
         """True when its rows are all of q, in order."""
@@ -65,8 +67,11 @@ def run_group(
     v_KBLH = room.gather("v", v_KPSH, pages).view(shape)
     q_KBGH = (q_BNH.float() * scale).unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
     # In float32 whatever the pool holds: a score of 20 rounded to bfloat16 would move its weight by 8 percent.
-    scores_KBGL = torch.matmul(q_KBGH, k_KBLH.float().transpose(2, 3)).add_(group.bias_B1L[window])
+    scores_KBGL = torch.matmul(q_KBGH, k_KBLH.float().transpose(2, 3))
+    scores_KBGL.masked_fill_(group.hidden_B1L[window], float("-inf"))
     weights_KBGL = torch.softmax(scores_KBGL, dim=-1).to(v_KBLH.dtype)
+    # A weight of zero does not hide a value that is no number.
+    v_KBLH[:, :, group.shortest :].masked_fill_(group.padding_BL1[:, group.shortest :], 0.0)
     return torch.matmul(weights_KBGL, v_KBLH).transpose(0, 1).flatten(1, 2).to(q_BNH.dtype)
 
 
@@ -114,16 +119,15 @@ def _plan_group(
     table = [[*row.page_ids, *([row.page_ids[0]] * (most - len(row.page_ids)))] for row in rows]
     lengths_B1 = torch.tensor([[row.num_keys] for row in rows], device=device)
     key_L = torch.arange(most * page_size, device=device)
-    bias = {}
+    padding_BL, hidden = key_L >= lengths_B1, {}
     for window in windows:
-        hidden_BL = key_L >= lengths_B1
-        if window:
-            hidden_BL |= key_L < lengths_B1 - window
-        zeros = torch.zeros(hidden_BL.shape, device=device)
-        bias[window] = zeros.masked_fill_(hidden_BL, float("-inf")).unsqueeze(1)
+        hidden_BL = padding_BL | (key_L < lengths_B1 - window) if window else padding_BL
+        hidden[window] = hidden_BL.unsqueeze(1)
     together = all(row.row == index for index, row in enumerate(rows))
     row_index = slice(0, len(rows)) if together else torch.tensor([row.row for row in rows], device=device)
-    return DecodeGroup(row_index, torch.tensor(table, device=device), bias)
+    shortest = min(row.num_keys for row in rows)
+    pages_BP = torch.tensor(table, device=device)
+    return DecodeGroup(row_index, pages_BP, hidden, padding_BL.unsqueeze(2), shortest)
 
 
 KERNELS = (
