@@ -404,3 +404,25 @@ def test_one_operator_is_forced_to_one_kernel() -> None:
     assert resolved(force_kernel=same).config.kernels.forced == {"rms_norm": "torch", "rope": "torch"}
     with pytest.raises(ConfigError, match="asks for rms_norm=torch and for rms_norm=native; give one of them"):
         resolved(force_kernel=("rms_norm=torch", "rms_norm=native"))
+
+
+def test_a_model_that_float16_cannot_hold() -> None:
+    gemma = dataclasses.replace(SMALL, architecture="Gemma3ForCausalLM", stored_dtype="float16")
+    old_card = dataclasses.replace(GPU, fast_dtypes=("float16",))
+    for device, expected in ((GPU, "bfloat16"), (old_card, "float32"), (FAST_HOST, "bfloat16")):
+        found = resolved(gemma, device, available_bytes=64 * GIB)
+        assert found.config.model.dtype == expected
+        with pytest.raises(ConfigError, match="--dtype float16: sums of small are too large for it"):
+            resolved(gemma, device, available_bytes=64 * GIB, dtype="float16")
+    assert resolved(dataclasses.replace(SMALL, stored_dtype="float16"), GPU).config.model.dtype == "float16"
+
+
+def test_weights_as_they_are_held() -> None:
+    """Experts are values of the dtype, whatever the others are; blocks may take more room than in the file."""
+    model = dataclasses.replace(
+        SMALL, num_parameters=1000, weight_bytes=600, widened_bytes=60, num_experts=8, num_expert_parameters=750
+    )
+    assert model.held_weight_bytes("bfloat16") == 2000
+    assert model.held_weight_bytes("bfloat16", "q8_0") == 1500 + 265
+    assert model.held_weight_bytes("bfloat16", "stored") == 1500 + 165
+    assert model.held_weight_bytes("float32", "stored", copies=2) == 3000 + 2 * 165

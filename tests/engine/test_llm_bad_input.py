@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_llm import make_tiny, open_tiny
 from tokenizers import AddedToken, Tokenizer
 
@@ -47,6 +49,29 @@ def test_text_that_spells_a_token_beyond_the_vocabulary(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=f"is not one of 0 to {last}"):
             llm.generate(["hello <|4|>"])
         assert llm.generate(["hello"], SamplingParams(max_tokens=2, ignore_eos=True))[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "n_layer": 2}, "architecture GPT2LMHeadModel is not supported"),
+        ({"architectures": ["LlamaForCausalLM"], "hidden_size": "64"}, "lacks a positive 'num_hidden_layers'"),
+    ],
+)
+def test_configs_of_other_models(config: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"wte.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFileError, match=problem):
+        LLM(str(tmp_path))
+
+
+def test_contexts_that_only_another_attention_reaches(tmp_path: Path) -> None:
+    make_tiny(tmp_path, max_position_embeddings=4096)
+    file = tmp_path / "config.json"
+    dual_chunk = {"dual_chunk_attention_config": {"original_max_position_embeddings": 512}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | dual_chunk))
+    with open_tiny(tmp_path) as llm:
+        assert llm.card.context_length == 512
 
 
 @pytest.fixture(scope="module")

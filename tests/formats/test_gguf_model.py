@@ -192,6 +192,49 @@ def test_pooling_is_what_the_file_declares(kind: str, expected: str | None, tmp_
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        # Older files name no type, and the oldest have a name of their own for the factor.
+        ("rope.scaling.factor", 4.0, {"rope_type": "linear", "factor": 4.0}),
+        ("rope.scale_linear", 2.0, {"rope_type": "linear", "factor": 2.0}),
+        ("rope.scale_linear", 1.0, None),
+        ("rope.scaling.factor", 0.0, None),
+    ],
+)
+def test_scaling_of_positions_without_a_type(
+    key: str, value: float, expected: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    path = write_gguf(
+        tiny_model("llama"),
+        tmp_path / "tiny.gguf",
+        add=lambda writer: writer.add_float32(f"llama.{key}", value),
+    )
+    assert open_model(path).config["rope_scaling"] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.scale", 0.5), ("logit_scale", 4.0), ("rope.scaling.yarn_log_multiplier", 0.1)],
+)
+def test_settings_that_change_the_maths_are_refused(key: str, value: float, tmp_path: Path) -> None:
+    path = write_gguf(
+        tiny_model("llama"),
+        tmp_path / "tiny.gguf",
+        add=lambda writer: writer.add_float32(f"llama.{key}", value),
+    )
+    with pytest.raises(ModelFileError, match=f"{key} {value:g} is not supported"):
+        open_model(path)
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(
+        tiny_model("llama"), tmp_path / "tiny.gguf", add=lambda writer: writer.add_causal_attention(False)
+    )
+    with pytest.raises(ModelFileError, match="see later ones"):
+        open_model(path)
+
+
+@pytest.mark.parametrize(
     ("find", "replace", "problem"),
     [
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lambda"[:13], "architecture 'lambd' is not supported"),
@@ -204,7 +247,7 @@ def test_pooling_is_what_the_file_declares(kind: str, expected: str | None, tmp_
         (
             b"llama.attention.key_length\4\0\0\0\x10",
             b"llama.attention.key_length\4\0\0\0\x0f",
-            "not whole heads of 15",
+            "heads of 15 of which 16 are rotated",
         ),
     ],
 )

@@ -67,6 +67,28 @@ def test_both_spellings_of_rotary_settings_read_the_same(tmp_path: Path) -> None
     assert (config["rope_theta"], config["rope_local_base_freq"], config["rope_scaling"]) == (1e6, 1e4, None)
 
 
+def test_which_spelling_of_rotary_settings_wins(tmp_path: Path) -> None:
+    """The one that transformers follows: scaling at the top if it says something, else all that is nested."""
+    nested = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for top, expected in ((None, linear), ({"rope_type": "linear", "factor": 4.0}, linear | {"factor": 4.0})):
+        config = {"rope_parameters": nested, "rope_theta": 1e4, "rope_scaling": top}
+        found = open_model(directory(tmp_path, config)).config
+        assert (found["rope_theta"], found["rope_scaling"]) == (1e6, expected)
+    layers = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4, **linear}}
+    with pytest.raises(ModelFileError, match="scaled positions in sliding layers"):
+        open_model(directory(tmp_path, {"rope_parameters": layers}))
+
+
+def test_one_file_wins_over_an_index(tmp_path: Path) -> None:
+    """As in transformers: a model that was saved again leaves the shards of the one before."""
+    path = directory(tmp_path, **{"new.weight": torch.ones(2)})
+    save_file({"old.weight": torch.ones(2)}, path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"old.weight": "model-00001-of-00001.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert set(open_model(path).tensors) == {"new.weight"}
+
+
 def test_checkpoints_of_the_bare_model_get_the_full_names(tmp_path: Path) -> None:
     names = ("embed_tokens.weight", "layers.0.mlp.up_proj.weight", "norm.weight", "score.weight")
     files = open_model(directory(tmp_path, **{name: torch.ones(2, 2) for name in names}))
@@ -106,6 +128,13 @@ def test_pooling_is_what_sentence_transformers_declares(
     (path / "1_Pooling").mkdir()
     (path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     assert open_model(path).pooling == expected
+    modules.append({"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"})
+    (path / "modules.json").write_text(json.dumps(modules))
+    assert open_model(path).pooling == expected
+    modules.append({"type": "sentence_transformers.models.Dense", "path": "3_Dense"})
+    (path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ModelFileError, match="embeddings that go through Dense are not supported"):
+        open_model(path)
 
 
 def test_headers_agree_with_the_safetensors_package(tmp_path: Path) -> None:

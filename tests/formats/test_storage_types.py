@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lockstep.core.errors import ModelFileError
-from lockstep.formats.storage import BLOCK_LAYOUTS, GGML_TYPE_NAMES
+from lockstep.formats.storage import BLOCK_LAYOUTS, GGML_TYPE_NAMES, WIDENED_BLOCK_BYTES
 from lockstep.quantization.storage_types import STORAGE_TYPES, storage_type
 
 pytestmark = pytest.mark.suite("cpu")
@@ -110,3 +110,13 @@ def test_rows_that_are_not_whole_blocks_are_refused() -> None:
 def test_an_unknown_type_names_the_nearest() -> None:
     with pytest.raises(ModelFileError, match="did you mean 'Q4_K'"):
         storage_type("Q4_KM")
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_a_block_takes_in_memory_is_known(name: str) -> None:
+    """Of kernels that read it: packed integers, scales and minima in 16 bits."""
+    storage = STORAGE_TYPES[name]
+    held = storage.grouped(torch.zeros(1, storage.block_bytes, dtype=torch.uint8))
+    num_groups = held.scale_OG.numel() * (1 if held.minimum_OG is None else 2)
+    num_bytes = storage.block_elements * storage.bits // 8 + 2 * num_groups
+    assert num_bytes == WIDENED_BLOCK_BYTES.get(name, storage.block_bytes)

@@ -20,6 +20,8 @@ from teacher_forcing import (
 )
 from transformers import PreTrainedModel
 
+from lockstep.core.errors import ModelFileError
+
 pytestmark = pytest.mark.suite("cpu")
 
 TOLERANCE = 1e-4
@@ -186,6 +188,43 @@ def test_soft_capped_scores(tmp_path: Path) -> None:
     case = Case(tiny_model("gemma3", **SPREAD, attn_logit_softcapping=2.0), tmp_path)
     # transformers reads the setting but hands it to no attention function: it has to be passed by hand.
     case.expected = transformers_logits(case.model, case.sequences, softcap=2.0)
+    assert case.difference() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changed", "problem"),
+    [
+        ("llama", {"is_causal": False}, "see later ones"),
+        ("qwen2", {"quantization_config": {"quant_method": "bitnet"}}, "quantised by bitnet"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "needs a number as its 'low_freq_factor'",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "needs a number as its 'factor'"),
+        ("gemma3", {"layer_types": ["chunked_attention"] * 7}, "'chunked_attention'"),
+    ],
+)
+def test_settings_that_would_change_the_maths_are_refused(
+    architecture: str, changed: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    case = Case(tiny_model(architecture, **SPREAD), tmp_path)
+    with pytest.raises(ModelFileError, match=problem):
+        case.difference(changed=changed)
+
+
+@pytest.mark.parametrize("unsaid", ["sliding_window", "query_pre_attn_scalar"])
+def test_what_gemma_leaves_unsaid(unsaid: str, tmp_path: Path) -> None:
+    value = {"sliding_window": 4096, "query_pre_attn_scalar": 256}[unsaid]
+    case = Case(tiny_model("gemma3", **SPREAD, **{unsaid: value}), tmp_path)
+    rewrite_config(tmp_path, **{unsaid: None})
+    assert case.difference() < TOLERANCE
+
+
+def test_layers_without_windows_that_qwen2_leaves_unsaid(tmp_path: Path) -> None:
+    settings = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28, "layer_types": None}
+    case = Case(tiny_model("qwen2", **SPREAD | settings), tmp_path)
+    rewrite_config(tmp_path, max_window_layers=None, layer_types=None)
     assert case.difference() < TOLERANCE
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from lockstep.platforms.cpu import CpuPlatform
 from lockstep.platforms.cpu.process_memory import clean_code
 
 pytestmark = pytest.mark.suite("cpu", seconds=5)
@@ -35,6 +37,19 @@ Anonymous:             0 kB
 Rss:                  60 kB
 Anonymous:             0 kB
 """
+
+
+def test_of_a_containers_memory_only_what_is_left_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lockstep.platforms.cpu._CGROUP", tmp_path)
+    mib = 2**20
+    (tmp_path / "memory.max").write_text(f"{64 * mib}\n")
+    assert CpuPlatform().memory().available_bytes == 64 * mib, "nothing is known of what is taken"
+    (tmp_path / "memory.current").write_text(f"{50 * mib}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {30 * mib}\ninactive_file {12 * mib}\n")
+    found = CpuPlatform().memory()
+    assert (found.total_bytes, found.available_bytes) == (64 * mib, (64 - 50 + 12) * mib)
 
 
 def test_only_unwritten_code_of_files_can_go() -> None:

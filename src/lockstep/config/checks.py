@@ -34,6 +34,13 @@ def _tp_cuts_heads(at: Situation) -> None:
         )
 
 
+def _dtype_holds_the_sums(at: Situation) -> None:
+    if at.decided["dtype"] == "float16" and at.model.overflows_float16:
+        raise ConfigError(
+            f"--dtype float16: sums of {at.model.name} are too large for it; take bfloat16 or float32"
+        )
+
+
 def _enough_devices(at: Situation) -> None:
     present = at.device.num_devices
     if at.on_accelerator and at.num_ranks > present:
@@ -118,6 +125,7 @@ CHECKS = (
     _ep_shares_out_experts,
     _attention_is_tensor_parallel,
     _tp_cuts_heads,
+    _dtype_holds_the_sums,
     _enough_devices,
     _ranks_have_collectives,
     _context_within_model,

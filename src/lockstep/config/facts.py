@@ -12,7 +12,8 @@ _QUANTISED_BYTES = {"q4_0": 18 / 32, "q8_0": 34 / 32, "int8": 34 / 32, "bf16": 2
 class ModelFacts:
     """Shape and size of one model.
 
-    `weight_bytes` is the size as stored. `stored_dtype` is the storage type of most weights, in torch's word
+    `weight_bytes` is the size as stored, `widened_bytes` what it grows by where kernels read blocks as they are:
+    integers of 5 and 6 bits are held in 8. `stored_dtype` is the storage type of most weights, in torch's word
     ("bfloat16") or, for block formats, the format's ("q4_1"). Without a mixture of experts there are 0 of them.
     """
 
@@ -28,16 +29,26 @@ class ModelFacts:
     num_parameters: int
     weight_bytes: int
     stored_dtype: str
+    widened_bytes: int = 0
     num_experts: int = 0
     num_expert_parameters: int = 0
 
     def held_weight_bytes(self, dtype: str, quantization: str = "none", *, copies: int = 1) -> int:
-        """Bytes of all weights in the form that they are held in, with so many copies of all but the experts."""
-        held = self.weight_bytes
-        if quantization != "stored":
-            held = int(self.num_parameters * _QUANTISED_BYTES.get(quantization, DTYPE_BYTES[dtype]))
-        experts = held * self.num_expert_parameters // self.num_parameters
-        return experts + (held - experts) * copies
+        """Bytes of all weights in the form that they are held in, with so many copies of all but the experts.
+
+        Experts are values of `dtype` whatever `quantization` says: no kernel reads packed ones.
+        """
+        others = self.num_parameters - self.num_expert_parameters
+        if quantization == "stored":
+            held = (self.weight_bytes + self.widened_bytes) * others // self.num_parameters
+        else:
+            held = int(others * _QUANTISED_BYTES.get(quantization, DTYPE_BYTES[dtype]))
+        return self.num_expert_parameters * DTYPE_BYTES[dtype] + held * copies
+
+    @property
+    def overflows_float16(self) -> bool:
+        """True where sums along the residual stream pass the largest number of float16, 65504."""
+        return self.architecture == "Gemma3ForCausalLM"
 
     def kv_bytes_per_token(self, dtype: str, tp: int = 1) -> int:
         """Bytes of keys and values that the fullest rank of `tp` keeps for one token, all layers together.

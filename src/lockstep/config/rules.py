@@ -77,6 +77,9 @@ def _load_format(at: Situation) -> Choice:
 def _dtype(at: Situation) -> Choice:
     """The stored type where the device computes it at full speed, else the device's fastest type."""
     stored, fast = at.model.stored_dtype, at.device.fast_dtypes
+    if at.model.overflows_float16 and "float16" in (stored, fast[0]):
+        wider = "bfloat16" if "bfloat16" in fast else "float32"
+        return Choice(wider, "model", f"stored as {stored}; its sums are too large for float16")
     if stored in fast:
         return Choice(stored, "model", "as stored, and fast on this device")
     return Choice(fast[0], "device", f"stored as {stored}; {fast[0]} is fastest on this device")

@@ -11,12 +11,16 @@ from lockstep.config import Decision, EngineConfig, ModelFacts, Resolution, gath
 from lockstep.config.environment import disabled_features
 from lockstep.config.option import AUTO
 from lockstep.core.capabilities import Capabilities
+from lockstep.core.errors import ModelFileError
 from lockstep.core.output import ModelCard
 from lockstep.engine.model_files import open_files
 from lockstep.formats import ModelFiles
+from lockstep.formats.storage import BLOCK_LAYOUTS, WIDENED_BLOCK_BYTES
 from lockstep.native import usable_instruction_sets
 from lockstep.platforms.base import Platform
 from lockstep.platforms.registry import names_from_outside, pick_platform
+
+_SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,9 @@ def _with_tensors(files: ModelFiles) -> ModelFiles:
 
 
 def model_facts(files: ModelFiles) -> ModelFacts:
-    """Numbers for the resolver, from the files' headers."""
+    """Numbers for the resolver, from the files' headers. Raises ModelFileError for what is no language model."""
     config = files.config
+    _require_sizes(config)
     heads = config["num_attention_heads"]
     bytes_by_type: Counter[str] = Counter()
     num_parameters = num_expert_parameters = 0
@@ -118,13 +123,38 @@ def model_facts(files: ModelFiles) -> ModelFacts:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         hidden_size=config["hidden_size"],
         vocab_size=config["vocab_size"],
-        context_length=config.get("max_position_embeddings") or 2048,
+        context_length=_context_length(config),
         num_parameters=num_parameters,
         weight_bytes=sum(bytes_by_type.values()),
+        widened_bytes=sum(
+            count // BLOCK_LAYOUTS[kind].num_bytes * (widened - BLOCK_LAYOUTS[kind].num_bytes)
+            for kind, widened in WIDENED_BLOCK_BYTES.items()
+            if (count := bytes_by_type[kind])
+        ),
         stored_dtype=words.get(most, most.lower()),
         num_experts=config.get("num_experts", config.get("num_local_experts")) or 0,
         num_expert_parameters=num_expert_parameters,
     )
+
+
+def _context_length(config: Mapping[str, Any]) -> int:
+    """What the model was trained for with attention as it is computed here."""
+    length: int = config.get("max_position_embeddings") or 2048
+    # Beyond this, Qwen 2.5's models of a million tokens attend in another way.
+    dual_chunk = config.get("dual_chunk_attention_config") or {}
+    return min(length, int(dual_chunk.get("original_max_position_embeddings") or length))
+
+
+def _require_sizes(config: Mapping[str, Any]) -> None:
+    wrong = [name for name in _SIZES if not isinstance(size := config.get(name), int) or size < 1]
+    if wrong:
+        # An architecture that nobody knows may spell its sizes in its own way. Only this takes the model classes.
+        from lockstep.models.registry import model_class
+
+        model_class(config)
+        raise ModelFileError(
+            f"the model's config lacks a positive {wrong[0]!r}; is this a language model's config.json?"
+        )
 
 
 def resolve_options(options: Mapping[str, Any]) -> Resolution:

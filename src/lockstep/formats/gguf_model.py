@@ -103,6 +103,17 @@ def open_gguf(path: Path) -> ModelFiles:
     )
 
 
+_HARMLESS = {
+    "attention.scale": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+}
+"""Settings of other architectures, and the values with which they change nothing; the first is that of silence."""
+
+
 class _Metadata:
     """Typed look-ups in the key-value table, with refusals that name the key."""
 
@@ -162,6 +173,7 @@ def _config(architecture: str, metadata: _Metadata, header: GgufHeader) -> dict[
     num_layers = metadata.count(f"{prefix}.block_count")
     if num_layers > len(stored):
         raise metadata.error(f"{num_layers} layers are declared but only {len(stored)} tensors are stored")
+    _refuse_other_maths(prefix, metadata)
     config = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -183,6 +195,23 @@ def _config(architecture: str, metadata: _Metadata, header: GgufHeader) -> dict[
     if architecture == "gemma3":
         return config | _gemma3_config(metadata, config)
     return config | _qwen3moe_config(metadata) if architecture == "qwen3moe" else config
+
+
+def _refuse_other_maths(prefix: str, metadata: _Metadata) -> None:
+    """Raises ModelFileError for settings that change what these architectures usually compute."""
+    if metadata.get(f"{prefix}.attention.causal") is False:
+        raise metadata.error("models whose tokens see later ones (attention.causal) are not supported")
+    width = metadata.number(f"{prefix}.rope.dimension_count", None)
+    hidden_size, num_heads = (
+        metadata.count(f"{prefix}.{name}") for name in ("embedding_length", "attention.head_count")
+    )
+    head_dim = metadata.count(f"{prefix}.attention.key_length", max(1, hidden_size // num_heads))
+    if width is not None and width != head_dim:
+        raise metadata.error(f"heads of {head_dim} of which {width} are rotated are not supported")
+    for name, harmless in _HARMLESS.items():
+        value = metadata.number(f"{prefix}.{name}", harmless[0])
+        if value not in harmless:
+            raise metadata.error(f"{name} {value:g} is not supported")
 
 
 def _qwen3moe_config(metadata: _Metadata) -> dict[str, Any]:
@@ -227,14 +256,19 @@ def _vocab_size(prefix: str, metadata: _Metadata, stored: Mapping[str, StoredTen
 
 
 def _rope_scaling(prefix: str, metadata: _Metadata) -> dict[str, Any] | None:
-    kind = metadata.get(f"{prefix}.rope.scaling.type")
-    if kind in (None, "none"):
+    # Older files name no type, and the oldest have the factor under a name of its own.
+    kind = metadata.get(f"{prefix}.rope.scaling.type") or "linear"
+    if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise metadata.error(f"rope scaling {kind!r} is not supported, only linear, yarn and llama3's factors")
-    scaling = {"rope_type": kind, "factor": metadata.positive(f"{prefix}.rope.scaling.factor", 1.0)}
+    factor = metadata.number(f"{prefix}.rope.scaling.factor", None)
+    if factor is None:
+        factor = metadata.number(f"{prefix}.rope.scale_linear", None)
+    # 0 says that there is none.
+    scaling = {"rope_type": kind, "factor": float(factor or 1.0)}
     if kind == "linear":
-        return scaling
+        return scaling if scaling["factor"] != 1.0 else None
     optional = {
         "original_max_position_embeddings": "original_context_length",
         "attention_factor": "yarn_attn_factor",

@@ -80,11 +80,11 @@ def _tensor_infos(path: Path) -> Iterable[TensorInfo]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The shards, first the ones that the index names. Pickle files are never read."""
-    if (path / _INDEX).exists():
-        return _indexed_files(path)
+    """The one file, or else the shards that the index names, or else what there is. Pickle files are never read."""
     if (path / _SINGLE).exists():
         return [path / _SINGLE]
+    if (path / _INDEX).exists():
+        return _indexed_files(path)
     found = sorted(path.glob("*.safetensors"))
     if found:
         return found
@@ -136,9 +136,15 @@ def _pooling(path: Path) -> Pooling | None:
         return None
     try:
         modules = json.loads(modules_path.read_bytes())
-        folders = [Path(module["path"]) for module in modules if module["type"].endswith(".Pooling")]
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        folders = [
+            Path(module["path"]) for module, kind in zip(modules, kinds, strict=True) if kind == "Pooling"
+        ]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{modules_path}: not a list of modules ({error}); fetch it again") from error
+    others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if others:
+        raise ModelFileError(f"{modules_path}: embeddings that go through {others[0]} are not supported")
     if not folders:
         return None
     settings = read_json(path / folders[0] / "config.json")

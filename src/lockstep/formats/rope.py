@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import isclose, pi
 from typing import Any
 
+from lockstep.core.errors import ModelFileError
+
 _PUBLISHED_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _RELATIVE_TOLERANCE = 1e-4
 
@@ -14,19 +16,24 @@ def classic_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with its rotary settings spelled `rope_theta` and `rope_scaling`.
 
     Newer configs nest both under `rope_parameters`, for Gemma 3 once more by layer type, where the sliding
-    layers' theta becomes `rope_local_base_freq`. Top-level keys that are already there win.
+    layers' theta becomes `rope_local_base_freq`. As in transformers, a `rope_scaling` that says something wins, and
+    otherwise what is nested does. Raises ModelFileError for sliding layers whose positions are scaled.
     """
     result = dict(config)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, Mapping):
         sliding = parameters.get("sliding_attention")
-        if isinstance(sliding, Mapping) and "rope_theta" in sliding:
-            result.setdefault("rope_local_base_freq", sliding["rope_theta"])
+        if isinstance(sliding, Mapping):
+            if _scaling(sliding) is not None:
+                raise ModelFileError("scaled positions in sliding layers (rope_parameters) are not supported")
+            if "rope_theta" in sliding:
+                result["rope_local_base_freq"] = sliding["rope_theta"]
         scaling = dict(parameters.get("full_attention", parameters))
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in scaling:
-                result.setdefault(name, scaling.pop(name))
-        result.setdefault("rope_scaling", scaling)
+                result[name] = scaling.pop(name)
+        if not result.get("rope_scaling"):
+            result["rope_scaling"] = scaling
     result["rope_scaling"] = _scaling(result.get("rope_scaling"))
     return result
 

@@ -70,6 +70,10 @@ BLOCK_LAYOUTS: dict[str, BlockLayout] = {
     "Q6_K": BlockLayout(256, 210),
 }
 
+WIDENED_BLOCK_BYTES: dict[str, int] = {"Q4_K": 160, "Q5_0": 34, "Q5_1": 36, "Q5_K": 288, "Q6_K": 288}
+"""What a block takes in the memory of kernels that read it, where that is more than in the file: integers of 5 and 6
+bits in 8, scales and minima of groups in float16."""
+
 # https://github.com/huggingface/safetensors#format; bits, because the newest ones are narrower than a byte.
 SAFETENSORS_BITS: dict[str, int] = {
     "BOOL": 8,

@@ -15,7 +15,13 @@ import torch
 from lockstep.core.errors import ModelFileError, nearest
 from lockstep.layers.build import Build
 
-_KINDS = ("default", "linear", "llama3", "yarn")
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (),
+}
+"""Kinds, and the parameters without which they mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +42,16 @@ class RopeSpec:
     def parse(cls, parameters: Mapping[str, Any], *, rotated_dim: int, max_positions: int) -> RopeSpec:
         """From a Hugging Face `rope_parameters` or `rope_scaling` mapping that includes rope_theta.
 
-        Raises ModelFileError for a kind that is not known.
+        Raises ModelFileError for a kind that is not known, or that lacks a parameter.
         """
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if kind not in _KINDS:
+        if kind not in _NEEDED:
             raise ModelFileError(
-                f"unknown rope type {kind!r}{nearest(kind, _KINDS)} (known: {', '.join(_KINDS)})"
+                f"unknown rope type {kind!r}{nearest(kind, _NEEDED)} (known: {', '.join(_NEEDED)})"
             )
+        missing = [name for name in _NEEDED[kind] if not isinstance(parameters.get(name), (int, float))]
+        if missing:
+            raise ModelFileError(f"rope type {kind!r} needs a number as its {missing[0]!r}")
         rest = tuple(
             sorted((k, v) for k, v in parameters.items() if k not in ("rope_type", "type", "rope_theta"))
         )

@@ -55,6 +55,15 @@ class DecoderConfig:
             raise ModelFileError(
                 "models that rotate only a part of each head (partial_rotary_factor) are not supported"
             )
+        if config.get("is_causal") is False:
+            raise ModelFileError("models whose tokens see later ones (is_causal: false) are not supported")
+        quantised = config.get("quantization_config")
+        if quantised:
+            method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else quantised
+            raise ModelFileError(
+                f"weights quantised by {method} (quantization_config) are not supported; take the plain model, "
+                "or one in GGUF"
+            )
         num_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
         positions = int(config.get("max_position_embeddings") or 2048)
@@ -153,8 +162,8 @@ def layer_windows(config: Mapping[str, Any], num_layers: int, *, period: int = 0
     """Keys each layer sees, 0 for all, from `layer_types` or the older settings.
 
     `period` says that every period-th layer is full when the config does not tell (Gemma 3: 6). Without one,
-    `use_sliding_window` turns windows on from layer `max_window_layers` up (Qwen 2).
-    Raises ModelFileError when `layer_types` names another number of layers.
+    `use_sliding_window` turns windows on from layer `max_window_layers` up (Qwen 2, where it is 28 unless told).
+    Raises ModelFileError when `layer_types` names another number of layers, or kinds that are not known.
     """
     window = int(config.get("sliding_window") or 0)
     if period == 0 and not config.get("use_sliding_window", False):
@@ -162,10 +171,13 @@ def layer_windows(config: Mapping[str, Any], num_layers: int, *, period: int = 0
     kinds = config.get("layer_types")
     if kinds is None:
         period = int(config.get("sliding_window_pattern") or period)
-        first = int(config.get("max_window_layers") or 0)
+        first = int(config.get("max_window_layers", 28) or 0)
         slides = [(index + 1) % period != 0 if period else index >= first for index in range(num_layers)]
     else:
         if len(kinds) != num_layers:
             raise ModelFileError(f"layer_types names {len(kinds)} layers, but the model has {num_layers}")
+        unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
+        if unknown:
+            raise ModelFileError(f"layers of type {unknown[0]!r} (layer_types) are not supported")
         slides = [kind == "sliding_attention" for kind in kinds]
     return tuple(window if slide else 0 for slide in slides)

@@ -31,6 +31,13 @@ from lockstep.models.llm.decoder import (
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline
 from lockstep.parallel.placement import reduce
 
+_UNLESS_TOLD: Mapping[str, Any] = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+
 
 class Gemma3Layer:
     """Each block's output is normalised before it is added, so its sum is resolved first."""
@@ -133,7 +140,7 @@ class Gemma3Model(DecoderModel):
     @classmethod
     def make(cls, build: Build, config: Mapping[str, Any]) -> Gemma3Model:
         # Gemma ties its embeddings unless told otherwise, and says so by silence.
-        settings = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", **config}
+        settings = {**_UNLESS_TOLD, **config}
         settings["hidden_act"] = settings["hidden_activation"]
         settings.setdefault("rope_theta", 1e6)
         if settings.get("use_bidirectional_attention"):

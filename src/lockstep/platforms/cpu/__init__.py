@@ -70,13 +70,26 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
     return name, frozenset(flag for flag in _FEATURE_FLAGS if flag in flags)
 
 
+_CGROUP = Path("/sys/fs/cgroup")
+
+
 def _memory_limit_bytes() -> int | None:
     """The cgroup's memory limit, if one is set."""
     try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        text = (_CGROUP / "memory.max").read_text().strip()
     except OSError:
         return None
     return None if text == "max" else int(text)
+
+
+def _memory_taken_bytes() -> int:
+    """What the cgroup's processes take of it, without files that are kept in memory while nobody wants it."""
+    try:
+        taken = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, taken - int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0
 
 
 class CpuPlatform(Platform):
@@ -118,7 +131,8 @@ class CpuPlatform(Platform):
             pass
         limit = _memory_limit_bytes()
         if limit is not None:
-            total, available = min(total, limit), min(available, limit)
+            left = max(0, limit - _memory_taken_bytes())
+            total, available = min(total, limit), min(available, left)
         return MemoryFacts(total, available, resident_bytes())
 
     @contextmanager
