@@ -160,6 +160,19 @@ def test_step_after_step_without_a_pause(seed: int) -> None:
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_passes_are_counted_beyond_the_largest_number(rows: int, seed: int) -> None:
+    """The counter of passes goes on from launch to launch, and after days it begins anew."""
+    decoder = Decoder(seed, 1024, 3072, 16, 8, blocks=4)
+    step = decoder.step([200 + row for row in range(rows)])
+    pools = [decoder.pools.clone() for _ in range(3)]
+    expected = decoder.run(step, pools[0])
+    (exchange,) = decoder.program._exchanges.values()
+    exchange[0] = 2**32 - 3
+    for found in pools[1:]:
+        assert torch.equal(decoder.run(step, found), expected) and torch.equal(found, pools[0])
+
+
 def test_what_is_no_number_shows(seed: int) -> None:
     decoder = Decoder(seed, 256, 256, 2, 1, blocks=2)
     step = decoder.step([100, 40])

@@ -15,6 +15,7 @@ from lockstep.ops.decoder_decode.hopper_shape import (
     DecoderShape,
     grid_of,
     most_rows,
+    rows_served,
     why_not,
 )
 from lockstep.ops.decoder_decode.kernels.cuda import KERNELS
@@ -69,6 +70,14 @@ def test_each_thread_block_has_a_share_of_every_product(name: str, multiprocesso
 def test_rows_between_counts_take_the_next_kernel() -> None:
     grids = [grid_of(QWEN_0_6B, rows, 132) for rows in range(1, 9)]
     assert [grid.rows for grid in grids if grid is not None] == [1, 2, 4, 4, 8, 8, 8, 8]
+
+
+def test_only_rows_that_find_room_are_served() -> None:
+    """On a part of a card, or beside a wide feed-forward, fewer than are best computed so."""
+    assert [rows_served(QWEN_0_6B, count) for count in (132, 114, 26)] == [4, 4, 2]
+    wide = QWEN_0_6B._replace(inner=20480)
+    assert grid_of(wide, 4, 132) is None and rows_served(wide, 132) == 2
+    assert rows_served(QWEN_0_6B._replace(hidden=4096), 132) == 0
 
 
 def test_steps_that_are_bound_have_a_kernel() -> None:

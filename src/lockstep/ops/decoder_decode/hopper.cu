@@ -543,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(
         Product<HIDDEN, QKV> qkv;
         qkv.hold(ring, of_qkv.count);
         if (layer > 0) absorb(residual, given.words + DOWN_AT, pass);  // of the pass before
-        ++pass;
+        if (++pass == 0) pass = 1;  // 0 is the number of no pass
         weigh(residual, norm, inputs, squares_of_warps);
         read_norm(norm, own.post_norm);
         uint2 q_weight = make_uint2(0, 0), k_weight = make_uint2(0, 0);  // of the lane's four dims

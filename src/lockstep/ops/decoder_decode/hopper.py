@@ -9,12 +9,13 @@ import ctypes
 from functools import cache
 from math import e, log2
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lockstep.core.errors import KernelError
 from lockstep.ops.cuda_program import CudaProgram, Launch
-from lockstep.ops.decoder_decode.hopper_shape import LAYER_BYTES, DecodeGrid, DecoderShape, grid_of, most_rows
+from lockstep.ops.decoder_decode.hopper_shape import LAYER_BYTES, DecodeGrid, DecoderShape, grid_of, rows_served
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, ProductOutline
 from lockstep.ops.hopper_attention import attention_source, tile_map
 
@@ -50,7 +51,7 @@ class _Step(ctypes.Structure):
 
 class Program:
     """A decoder whose blocks one launch computes for a few rows; up to `most_rows` of them that is the best way. Serves
-    one caller at a time, on one stream.
+    one caller at a time, on one stream of its device: thread blocks of two launches at once could wait for each other.
 
     Takes decoders that are plain (see signature.py). Weights stay where they are.
     """
@@ -64,7 +65,9 @@ class Program:
             [[0 if each is None else each.data_ptr() for each in _tensors(block)] for block in outline.blocks],
             dtype=torch.int64,
         ).to(self._device)
-        self.most_rows = most_rows(outline.hidden_size)
+        # The page's size does not count here.
+        shape = shape_of(outline, page_size=16)
+        self.most_rows = rows_served(shape, _properties(self._device).multi_processor_count)
         self._exchanges: dict[DecodeGrid, torch.Tensor] = {}
 
     def step(
@@ -163,13 +166,17 @@ def _program(
 
 @cache
 def _grid(shape: DecoderShape, num_rows: int, device: torch.device) -> DecodeGrid:
-    properties = torch.get_device_module(device).get_device_properties(device)
+    properties = _properties(device)
     grid = grid_of(shape, num_rows, properties.multi_processor_count)
     if grid is None:
         raise KernelError(
             f"decoder_decode.cuda takes no {num_rows} rows of such a decoder on {properties.name}"
         )
     return grid
+
+
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)
 
 
 def _heads_in_line(kv_L2KPSH: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import NamedTuple
 
 ROW_COUNTS = (1, 2, 4, 8)
@@ -105,6 +106,12 @@ def most_rows(hidden: int) -> int:
     On one NVIDIA H100 80GB it was with rows of 1,024 numbers, up to 4 of them, and not with one row of 4,096.
     """
     return 4 if hidden <= 1024 else 0
+
+
+def rows_served(shape: DecoderShape, multiprocessors: int) -> int:
+    """Those of `most_rows` that find room on a device of so many multiprocessors."""
+    counts = range(1, most_rows(shape.hidden) + 1)
+    return len(list(takewhile(lambda count: grid_of(shape, count, multiprocessors) is not None, counts)))
 
 
 def _blocks(shape: DecoderShape, multiprocessors: int) -> int:

@@ -46,9 +46,13 @@ CONTRACT = Contract(
         _of_part("v_pool", note="any strides but the last; finite; values but the new ones, too"),
         _of_part(
             "page_table",
-            note="int32; not followed after a sequence's last key; no other row's pages hold the slot of that one",
+            note="int32, there before the step; not followed after a sequence's last key; no other row's pages hold "
+            "the slot of that one",
         ),
-        _of_part("num_keys", note="int32; the new token included, whose slot is the last; 0 for padding"),
+        _of_part(
+            "num_keys",
+            note="int32, there before the step; the new token included, whose slot is the last; 0 for padding",
+        ),
         _of_part("sinks"),
         _of_part("out", note="contiguous, in the pool's dtype; padding becomes zeros"),
         _of_part("scale"),
