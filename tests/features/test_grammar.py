@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,6 +246,27 @@ def test_states_of_one_grammar_are_apart(compiler: GrammarCompiler, embedded: To
 def test_several_end_tokens(sentencepiece: Tokenizer) -> None:
     state = GrammarCompiler(sentencepiece).start(Grammar("regex", ""))
     assert allowed_ids(state, 20) == set(sentencepiece.eos_token_ids)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "maximum": 2**64},
+        {"const": "\ud800"},
+        {"type": "integer", "multipleOf": 1000033},
+        {"allOf": [{"multipleOf": prime} for prime in (97, 101, 103)]},
+    ],
+)
+def test_schemas_that_no_grammar_holds(schema: dict[str, Any], compiler: GrammarCompiler) -> None:
+    with pytest.raises(InvalidRequest, match="JSON schema"):
+        compiler.validate(Grammar("json_schema", json.dumps(schema)))
+
+
+def test_divisors_that_are_usual(compiler: GrammarCompiler) -> None:
+    usual = {
+        str(at): {"type": "number", "multipleOf": each} for at, each in enumerate((0.01, 5, 100, 1e6, 25, 60))
+    }
+    compiler.validate(Grammar("json_schema", json.dumps({"type": "object", "properties": usual})))
 
 
 def test_a_model_without_end_token_is_refused(embedded: Tokenizer) -> None:

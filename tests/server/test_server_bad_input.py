@@ -244,6 +244,41 @@ def test_text_that_spells_a_token_beyond_the_vocabulary(in_process: App) -> None
     assert client.requests == []
 
 
+@pytest.mark.parametrize(
+    ("sent", "param"),
+    [
+        (chat(min_tokens=2**63 - 1), "min_tokens"),
+        (chat(min_tokens=2**70), "min_tokens"),
+        (chat(top_k=2**70), "top_k"),
+        (chat(priority=2**70), "priority"),
+        (("/generate", {"text": "hi", "priority": -(2**70)}), "priority"),
+        (text(n=0, best_of=1), "n"),
+        (text(n=-1, best_of=3), "n"),
+    ],
+)
+def test_numbers_that_no_engine_holds(in_process: App, sent: tuple[str, dict[str, Any]], param: str) -> None:
+    app = in_process()
+    response = app.post(*sent)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+    assert app.client.requests == []
+
+
+def test_template_variables_may_have_any_name(in_process: App) -> None:
+    response = in_process().post(*chat(chat_template_kwargs={"self": 1}))
+    assert response.status_code == 200, response.text
+
+
+def test_parameters_nested_too_deeply(in_process: App) -> None:
+    nested = '{"type": "object", "properties": {"a": ' * 400 + "{}" + "}}" * 400
+    tool = f'{{"type": "function", "function": {{"name": "look", "parameters": {nested}}}}}'
+    body = (
+        f'{{"messages": [{{"role": "user", "content": "hi"}}], "tools": [{tool}], "tool_choice": "required"}}'
+    )
+    sent = {"content": body.encode(), "headers": {"content-type": "application/json"}}
+    response = in_process().send("POST", CHAT, **sent)
+    assert response.status_code == 400, response.text
+
+
 def test_wrong_content_type_says_which(in_process: App) -> None:
     response = in_process().send("POST", CHAT, content=b"a=b", headers={"content-type": "text/plain"})
     assert response.status_code == 400

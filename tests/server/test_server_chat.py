@@ -72,6 +72,26 @@ def test_generation_prompt_and_continuation(in_process: App) -> None:
     assert prompt_of(app).endswith("<|im_start|>assistant\nWell,")
 
 
+@pytest.mark.parametrize("content", ["|", "im", "end", "<|im_end|>\n", "assistant"])
+def test_continuation_of_what_the_template_writes_too(in_process: App, content: str) -> None:
+    app = in_process()
+    ask(app, messages=[*HELLO, {"role": "assistant", "content": content}], continue_final_message=True)
+    assert prompt_of(app).endswith("<|im_start|>assistant\n" + content.strip())
+
+
+def test_calls_of_before_stay_in_the_conversation(in_process: App) -> None:
+    """The template knows no tools, and none are offered any more."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 1}'}}
+    history = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "4", "tool_call_id": "c1"},
+    ]
+    app = in_process()
+    ask(app, messages=[*HELLO, *history])
+    assert '<tool_call>\n{"name": "look", "arguments": {"x": 1}}\n</tool_call>' in prompt_of(app)
+    assert "<tool_response>\n4\n</tool_response>" in prompt_of(app)
+
+
 def test_template_variables(in_process: App) -> None:
     app = in_process(FakeClient(template="{{ mood }}: {{ messages[0].content }}"))
     ask(app, chat_template_kwargs={"mood": "gay"})

@@ -13,6 +13,8 @@ from lockstep.core.errors import InvalidRequest, nearest
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+_LARGEST = 2**31 - 1
+"""Of integers without a limit of their own: what every part of an engine holds."""
 MAX_STOP_STRINGS = 16
 
 GrammarKind = Literal["json_schema", "json_object", "regex", "ebnf"]
@@ -167,15 +169,16 @@ class SamplingParams:
             span = f"be above {low:g} and at most {high:g}" if open_low else f"lie from {low:g} to {high:g}"
             raise InvalidRequest(f"{name} must {span}, not {value!r}", param=name)
 
-    def _integer(self, name: str, low: int, high: int | None = None, *, optional: bool = False) -> None:
+    def _integer(self, name: str, low: int, high: int = _LARGEST, *, optional: bool = False) -> None:
         given = getattr(self, name)
         if given is None and optional:
             return
         value = as_integer(given)
         if value is None:
             raise InvalidRequest(f"{name} must be an integer, not {given!r}", param=name)
-        if value < low or (high is not None and value > high):
-            limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        if not low <= value <= high:
+            is_open = high == _LARGEST and value < low
+            limit = f"at least {low}" if is_open else f"from {low} to {high}"
             raise InvalidRequest(f"{name} must be {limit}, not {value}", param=name)
         self._set(name, value)
 

@@ -37,6 +37,9 @@ def render_prompt(template: ChatTemplate | None, body: ChatCompletionRequest, to
     if offered and not template.supports_tools:
         messages = _with_instructions(messages, tool_instructions(offered))
         offered = None
+    elif not template.supports_tools and any(message.get("tool_calls") for message in messages):
+        # Calls of before stay in the conversation, whether or not tools are offered now.
+        messages = [_spelled_out(message) for message in messages]
     if body.continue_final_message:
         return _continued(template, messages, offered, variables)
     wants_answer = body.add_generation_prompt is not False
@@ -91,6 +94,10 @@ def _spelled_out(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "\n".join([message["content"], *written]).strip()}
 
 
+_CUT = "\u2060<lockstep: the answer goes on here>\u2060"
+"""No message holds this."""
+
+
 def _continued(
     template: ChatTemplate,
     messages: list[dict[str, Any]],
@@ -98,12 +105,14 @@ def _continued(
     variables: dict[str, Any],
 ) -> str:
     """The prompt up to the end of the final message, without what the template writes after it."""
-    final = messages[-1]["content"].strip()
-    text = template.render(messages, tools=tools, add_generation_prompt=False, **variables)
-    start = text.rfind(final) if final else -1
+    final = messages[-1]["content"].rstrip()
+    # What a template writes after a message may hold the message's text.
+    marked = [*messages[:-1], {**messages[-1], "content": final + _CUT}]
+    text = template.render(marked, tools=tools, add_generation_prompt=False, **variables)
+    start = text.rfind(_CUT) if final else -1
     if start < 0:
         raise InvalidRequest(
             "the final message is empty or the template changes it, so it cannot be continued",
             param="continue_final_message",
         )
-    return text[: start + len(final)]
+    return text[:start]

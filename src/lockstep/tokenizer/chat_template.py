@@ -53,6 +53,17 @@ def _to_json(
     )
 
 
+_UNRENDERABLE = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+
+
 class ChatTemplate:
     """A model's chat template, or several by name of which `tool_use` serves requests with tools.
 
@@ -86,6 +97,7 @@ class ChatTemplate:
 
     def render(
         self,
+        /,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -109,7 +121,7 @@ class ChatTemplate:
             return self._compiled(name).render(variables)
         except _RaisedByTemplate as error:
             raise InvalidRequest(f"{self._called} refuses: {error}", param="messages") from error
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except _UNRENDERABLE as error:
             raise InvalidRequest(
                 f"{self._called} cannot render these messages: {error}", param="messages"
             ) from error

@@ -42,6 +42,8 @@ def plan_shape(body: CompletionRequest) -> CompletionShape:
     num_candidates = num_choices if body.best_of is None else body.best_of
     if body.suffix:
         raise InvalidRequest("suffix is not supported: models served here only continue text", param="suffix")
+    if num_choices < 1:
+        raise InvalidRequest(f"n takes numbers from 1, not {num_choices}", param="n")
     if num_candidates < num_choices:
         raise InvalidRequest(f"best_of {num_candidates} is less than n {num_choices}", param="best_of")
     if num_candidates > num_choices and body.stream:

@@ -131,6 +131,9 @@ class SamplingFields(Strict):
     json_schema: dict[str, Any] | bool | str | None = None
 
 
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
 class OpenAIFields(SamplingFields):
     """What chat and text completions share beyond sampling."""
 
@@ -142,7 +145,7 @@ class OpenAIFields(SamplingFields):
     prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
     request_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     deadline_s: Seconds | None = None
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from lockstep.server.schema.base import SamplingFields, Seconds, Strict, as_prompts
+from lockstep.server.schema.base import Priority, SamplingFields, Seconds, Strict, as_prompts
 
 RequestId = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -44,7 +44,7 @@ class GenerateRequest(Strict):
     top_logprobs_num: int | None = None
     return_prompt_logprob: bool = False
     rid: RequestId | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     deadline_s: Seconds | None = None
 
     @model_validator(mode="after")

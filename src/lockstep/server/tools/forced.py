@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lockstep.core.errors import InvalidRequest
 from lockstep.core.sampling import Grammar
 from lockstep.server.tools.reader import CallArguments, CallStart, Piece, Text
 
@@ -52,8 +53,14 @@ def required_calls_grammar(functions: Sequence[Function], *, parallel: bool) -> 
     schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
     if not parallel:
         schema["maxItems"] = 1
-    schema["$defs"] = {f.name: _moved(arguments_schema(f), f"#/$defs/{f.name}") for f in functions}
-    return Grammar("json_schema", json.dumps(schema))
+    try:
+        schema["$defs"] = {f.name: _moved(arguments_schema(f), f"#/$defs/{f.name}") for f in functions}
+        return Grammar("json_schema", json.dumps(schema))
+    except RecursionError:
+        raise InvalidRequest("the tools' parameters are nested too deeply", param="tools") from None
+
+
+_NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def _moved(schema: Any, base: str) -> Any:
@@ -62,7 +69,12 @@ def _moved(schema: Any, base: str) -> Any:
         return [_moved(item, base) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: value if key in _LITERAL_KEYWORDS else _moved(value, base) for key, value in schema.items()}
+    moved = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):  # a property may be called as keywords are
+            moved[key] = {name: _moved(one, base) for name, one in value.items()}
+        else:
+            moved[key] = value if key in _LITERAL_KEYWORDS else _moved(value, base)
     target = moved.get("$ref")
     if isinstance(target, str) and target.startswith("#"):
         moved["$ref"] = base + target[1:]
