@@ -59,6 +59,11 @@ HERMES = [
     ('<tool_call>{"name": "rm"}</tool_call>', '<tool_call>{"name": "rm"}</tool_call>', []),
     ("<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>", []),
     ('<tool_call>{"name": ["add"]}</tool_call>', '<tool_call>{"name": ["add"]}</tool_call>', []),
+    ('<tool_call>{"name": "add", "arguments": null}</tool_call>', "", [("add", "{}")]),
+    *(
+        (f'<tool_call>{{"name": "add", "arguments": {bad}}}</tool_call>',) * 2 + ([],)
+        for bad in ("5", "[1]", '{"x": "\\ud83d"}', '"\\ud83d"')
+    ),
     ("a <tool_ca", "a <tool_ca", []),
     ("1 < 2 <<tool_call", "1 < 2 <<tool_call", []),
     ("", "", []),

@@ -60,10 +60,13 @@ def call_pieces(value: Any, names: Collection[str]) -> list[Piece] | None:
     name = value.get("name") if isinstance(value, dict) else None
     if not isinstance(name, str) or name not in names:
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return [CallStart(name), CallArguments(arguments)]
-    return [CallStart(name), CallArguments(json.dumps(arguments, ensure_ascii=False))]
+    arguments = value.get("arguments", value.get("parameters"))
+    if not isinstance(arguments, (str, dict, type(None))):
+        return None
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+    # Half of a surrogate pair is no text that an answer could hold.
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return [CallStart(name), CallArguments(text)] if is_text else None
 
 
 def held_back(text: str, tag: str) -> int:
