@@ -98,8 +98,10 @@ def _start(own: Result, peer: Result | None) -> list[list[str]]:
     other = peer.get("startup", {}) if peer is not None else {}
     if START.key not in startup:
         return []
-    states = "; ".join(str(one.get("cache_state", "-")) for one in (other, startup) if one)
-    return [_row(f"process start (caches {states})", START, startup, other)]
+    state = startup.get("cache_state", "-")
+    # A start with full caches is no match for one with empty ones.
+    alike = other if other.get("cache_state", "-") == state else {}
+    return [_row(f"process start (caches {state})", START, startup, alike)]
 
 
 def _test(name: str, own: Result, peer: Result | None) -> list[list[str]]:
