@@ -37,7 +37,7 @@ def drawn_logits(experts: int, dtype: torch.dtype, seed: int, device: str) -> to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("experts", "lanes"), [(128, 1), (128, 2), (128, 4), (60, 8), (256, 2)])
+@pytest.mark.parametrize(("experts", "lanes"), [(128, 2), (128, 4), (60, 8), (256, 2)])
 def test_softmax_routing_of_many_tokens(
     experts: int,
     lanes: int,
@@ -58,7 +58,7 @@ def test_softmax_routing_of_many_tokens(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("experts", "groups", "top_groups", "lanes"),
-    [(256, 8, 4, 2), (256, 8, 4, 4), (128, 1, 1, 1), (160, 8, 3, 4)],
+    [(256, 8, 4, 2), (256, 8, 4, 4), (128, 1, 1, 2), (160, 8, 3, 4)],
 )
 def test_sigmoid_routing_of_many_tokens(
     experts: int,

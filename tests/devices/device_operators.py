@@ -1,7 +1,7 @@
 """The operators in groups, and how one is checked on a device.
 
-A file is what a run shares out over processes and machines, so each group has a file of its own. An operator that no
-group names is in the group "others".
+A file is what a run shares out over processes and machines, so each group has a file of its own, and operators whose
+cases take minutes to compile one each. An operator that no group names is in the group "others".
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from lockstep.ops.suite import device_with_values, select
 from lockstep.platforms.registry import load_platform
 
 GROUPS = {
-    "attention": (
-        "attention_decode",
-        "attention_decode_shared",
-        "attention_extend",
-        "decoder_decode",
-        "kv_store",
-        "norm_rope_attention_decode",
-    ),
+    "attention": ("attention_decode", "decoder_decode", "kv_store", "norm_rope_attention_decode"),
+    "attention_extend": ("attention_extend",),
+    "attention_shared": ("attention_decode_shared",),
     "elementwise": ("gelu_and_mul", "rope", "silu_and_mul"),
     "experts": ("fused_moe", "grouped_gemm", "moe_align"),
     "norms": ("add_rms_norm", "layer_norm", "rms_norm", "var_rms_norm"),
@@ -31,7 +26,8 @@ GROUPS = {
         "per_token_quant_fp8",
         "scaled_mm_fp8",
     ),
-    "routing": ("moe_topk_sigmoid", "moe_topk_softmax"),
+    "routing_sigmoid": ("moe_topk_sigmoid",),
+    "routing_softmax": ("moe_topk_softmax",),
 }
 
 
