@@ -12,7 +12,7 @@ from typing import Any
 
 
 class FakeCompletions(ThreadingHTTPServer):
-    """Says one letter per token: the first after `first_s`, the next after `gap_s` each.
+    """Says one `letter` per token: the first after `first_s`, the next after `gap_s` each.
 
     A prompt of the single token `fails_on` gets `failure`: "status", "event" (an error in the stream), "cut" (no
     [DONE]) or "json" (an event that is not JSON). `most_at_once` is how many streams ran at the same time.
@@ -24,6 +24,7 @@ class FakeCompletions(ThreadingHTTPServer):
     def __init__(self, first_s: float = 0.0, gap_s: float = 0.0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.first_s, self.gap_s = first_s, gap_s
+        self.letter = "a"
         self.api_key: str | None = None
         self.vocab_size: int | None = 50
         self.fails_on, self.failure = -1, ""
@@ -80,7 +81,9 @@ class _Handler(BaseHTTPRequestHandler):
             if index:
                 time.sleep(self.server.gap_s)
             last = index == count - 1
-            self._event({"choices": [{"text": "a", "finish_reason": "length" if last else None}]})
+            self._event(
+                {"choices": [{"text": self.server.letter, "finish_reason": "length" if last else None}]}
+            )
             if failure == "event":
                 self._event({"error": {"message": "the engine died"}})
                 return
@@ -94,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send("data: [DONE]")
 
     def _event(self, value: dict[str, Any]) -> None:
-        self._send(f"data: {json.dumps(value)}")
+        self._send(f"data: {json.dumps(value, ensure_ascii=False)}")
 
     def _send(self, text: str) -> None:
         self.wfile.write(f"{text}\n\n".encode())

@@ -63,6 +63,13 @@ def test_what_is_sent(fake_server: FakeCompletions, tmp_path: Path) -> None:
         }
 
 
+def test_texts_may_hold_ends_of_lines(fake_server: FakeCompletions, tmp_path: Path) -> None:
+    """Unicode has more of them than streams of events."""
+    fake_server.letter = "\u2028\x85\u00e9"
+    found = serve(fake_server, tmp_path, "--num-requests", "2", "--input-tokens", "7", "--output-tokens", "3")
+    assert (found["num_completed"], found["num_failed"], found["num_output_tokens"]) == (2, 0, 6)
+
+
 def test_a_rate_does_not_wait_for_answers(fake_server: FakeCompletions, tmp_path: Path) -> None:
     fake_server.first_s = 0.8
     found = serve(

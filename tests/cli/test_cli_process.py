@@ -40,6 +40,14 @@ def test_help_lists_every_command_and_is_quick() -> None:
     assert min(times_s) < 0.3
 
 
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_are_no_fault(closed: str) -> None:
+    command = f"{sys.executable} -m lockstep.cli.main --version {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("" if "1>" in closed else f"lockstep {__version__}\n")
+
+
 def test_no_arguments_is_help() -> None:
     done = lockstep()
     assert done.returncode == 0 and "Commands:" in done.stdout

@@ -131,6 +131,15 @@ def test_grammars(opened: list[ScriptedLLM], tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("option", ["--json-schema", "--ebnf"])
+def test_a_grammar_that_is_no_text(tmp_path: Path, capsys: Streams, option: str) -> None:
+    path = tmp_path / "grammar"
+    path.write_bytes(b"\xff\xfe")
+    assert main(["run", "x", option, str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {option} {path} cannot be read") and said.count("\n") == 1
+
+
 def test_system_raw_and_standard_input(
     opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
 ) -> None:

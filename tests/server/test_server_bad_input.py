@@ -11,6 +11,8 @@ from fake_client import CONTEXT_LENGTH, VOCAB_SIZE, FakeClient
 from running_server import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, InProcess
 
 from lockstep.features.grammar import cannot_go_on
+from lockstep.server import errors
+from lockstep.server.schema.base import MAX_PROMPTS
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -76,7 +78,7 @@ BAD = [
     (chat(top_k=1.5), "top_k", "valid integer"),
     (chat(presence_penalty=3), "presence_penalty", "-2"),
     (chat(frequency_penalty=-3), "frequency_penalty", "-2"),
-    (chat(repetition_penalty=0), "repetition_penalty", "above 0"),
+    (chat(repetition_penalty=0.001), "repetition_penalty", "from 0.01"),
     (chat(n=0), "n", "from 1"),
     (chat(max_tokens=0), "max_tokens", "at least 1"),
     (chat(max_completion_tokens=-5), "max_completion_tokens", "at least 1"),
@@ -177,6 +179,11 @@ BAD = [
     (text(prompt="x" * CONTEXT_LENGTH), "prompt", f"holds {CONTEXT_LENGTH}"),
     (text(prompt="x" * 17 * CONTEXT_LENGTH), "prompt", f"has {17 * CONTEXT_LENGTH} characters"),
     (message(content="x" * CONTEXT_LENGTH), "messages", f"holds {CONTEXT_LENGTH}"),
+    (text(prompt=["x"] * (MAX_PROMPTS + 1)), "prompt", f"at most {MAX_PROMPTS}"),
+    (text(prompt=[[1]] * (MAX_PROMPTS + 1)), "prompt", f"at most {MAX_PROMPTS}"),
+    ((EMBEDDINGS, {"input": ["x"] * (MAX_PROMPTS + 1)}), "input", f"at most {MAX_PROMPTS}"),
+    (("/generate", {"text": ["x"] * (MAX_PROMPTS + 1)}), "text", f"at most {MAX_PROMPTS}"),
+    (("/generate", {"input_ids": [[1]] * (MAX_PROMPTS + 1)}), "input_ids", f"at most {MAX_PROMPTS}"),
     (text(suffix="end"), "suffix", "not supported"),
     (text(n=3, best_of=2), "best_of", "less than n"),
     (text(best_of=2, stream=True), "best_of", "cannot be streamed"),
@@ -202,6 +209,48 @@ def test_bad_body(in_process: App, sent: tuple[str, Any], param: str | None, par
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert part in error["message"], error["message"]
     assert app.client.requests == []
+
+
+MANY = 200_000
+LONG_LISTS = [
+    (chat(stop_token_ids=["a"] * MANY), "stop_token_ids[0]"),
+    (chat(stop=[1] * MANY), "stop[0]"),
+    (chat(messages=[{}] * MANY), "messages[0].role"),
+    (chat(tools=[{}] * MANY), "tools[0].type"),
+    (
+        chat(
+            tools=[TOOL],
+            tool_choice=allowed("auto") | {"allowed_tools": {"mode": "auto", "tools": [{}] * MANY}},
+        ),
+        "tool_choice.allowed_tools.tools[0].function",
+    ),
+    (message(tool_calls=[{}] * MANY), "messages[0].tool_calls[0].id"),
+    (chat(logit_bias={str(number): "x" for number in range(MANY)}), "logit_bias"),
+    (("/detokenize", {"tokens": ["a"] * MANY}), "tokens[0]"),
+    (("/generate", {"text": [1] * MAX_PROMPTS}), "text[0]"),
+]
+
+
+@pytest.mark.parametrize(("sent", "param"), LONG_LISTS, ids=[param for _, param in LONG_LISTS])
+def test_a_long_list_is_one_complaint(
+    sent: tuple[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complaints are found while nobody else is served, and each takes memory."""
+    seen: list[int] = []
+    explain = errors.explain_validation
+    monkeypatch.setattr(
+        errors, "explain_validation", lambda found: (seen.append(len(found)), explain(found))[1]
+    )
+    response = InProcess(FakeClient()).post(*sent)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param
+    assert max(seen) <= 3
+
+
+def test_a_long_name_is_not_sent_back_whole(in_process: App) -> None:
+    for sent in (chat(**{"x" * 100_000: 1}), chat(model="x" * 100_000)):
+        response = in_process().post(*sent)
+        assert 400 <= response.status_code < 500 and len(response.content) < 3000, response.text
+        assert "xxx" in response.json()["error"]["message"]
 
 
 RAW = [

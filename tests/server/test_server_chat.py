@@ -231,6 +231,22 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, str]]:
     return [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_calls_after_the_first_are_left_out_on_request(in_process: App, parallel: bool, stream: bool) -> None:
+    app = in_process(FakeClient(answer=lambda request, index: CALL + CALL))
+    fields = {"messages": HELLO, "tools": TOOLS, "parallel_tool_calls": parallel, "stream": stream}
+    response = app.post(CHAT, fields)
+    if stream:
+        changes = [chunk["choices"][0]["delta"] for chunk in events_of(response)]
+        assert {call["index"] for change in changes for call in change.get("tool_calls", ())} == (
+            {0, 1} if parallel else {0}
+        )
+    else:
+        [choice] = response.json()["choices"]
+        assert len(choice["message"]["tool_calls"]) == 1 + parallel and choice["finish_reason"] == "tool_calls"
+
+
 def test_auto_tools_with_a_template_that_knows_them(in_process: App) -> None:
     app = in_process(FakeClient(answer=lambda r, i: "Wait. " + CALL, template=CHATML_WITH_TOOLS))
     [choice] = ask(app, tools=TOOLS)["choices"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import struct
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fake_client import CONTEXT_LENGTH, FakeClient, logprob_of
+from fake_client import CONTEXT_LENGTH, ByteTokenizer, FakeClient, logprob_of
 from running_server import COMPLETIONS, EMBEDDINGS, InProcess, events_of
 
+from lockstep.core.step import TokenLogprob
+from lockstep.server.logprobs import LegacyLogprobs
 from lockstep.tokenizer.token_ids_only import TokenIdsOnly
 
 pytestmark = pytest.mark.suite("cpu")
@@ -111,6 +114,39 @@ def test_offsets_point_into_the_text(in_process: App) -> None:
     assert [choice["text"][at] for at in logprobs["text_offset"]] == logprobs["tokens"]
     [plain] = complete(app, logprobs=1)["choices"]
     assert plain["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+def test_offsets_of_an_echo_pass_over_what_is_not_in_it(in_process: App) -> None:
+    """Special tokens of ids that are not shown, and those that a tokenizer puts before a text."""
+    app = in_process(FakeClient(answer=lambda request, index: "xyz"))
+    [choice] = complete(app, prompt=[256, 104, 256, 105], echo=True, logprobs=1)["choices"]
+    assert choice["text"] == "hixyz"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 3, 4]
+    [shown] = complete(app, prompt=[256, 104], echo=True, logprobs=1, skip_special_tokens=False)["choices"]
+    length = len(shown["text"]) - len("hxyz")
+    assert shown["logprobs"]["text_offset"] == [0, *(length + at for at in range(4))] and length > 3
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "offsets"),
+    [
+        ("Hello you", [b"<s>", b" Hello", b" you"], [0, 0, 5]),
+        (" Hello", [b"<s>", b" ", b" Hello"], [0, 0, 1]),
+        ("Hello", [b"Hel", b"lo"], [0, 3]),
+        ("\u00e9a", [b" ", b"\xc3", b"\xa9", b"a"], [0, 0, 0, 1]),
+    ],
+)
+def test_offsets_where_a_space_is_put_before_a_text(text: str, tokens: list[bytes], offsets: list[int]) -> None:
+    class Spaced(ByteTokenizer):
+        def token_bytes(self, token_id: int) -> bytes:
+            return tokens[token_id] if token_id < len(tokens) else b"!"
+
+        special_token_ids = frozenset({0} if tokens[0] == b"<s>" else ())
+
+    legacy = LegacyLogprobs(Spaced(), 0, skip_special_tokens=True)
+    assert legacy.add_echo([(index, None) for index in range(len(tokens))], text)["text_offset"] == offsets
+    after = legacy.add([(99, TokenLogprob(99, -1.0, ()))])
+    assert after["text_offset"] == [len(text)]
 
 
 def test_echo_of_ids_is_their_text(in_process: App) -> None:
@@ -215,3 +251,22 @@ def test_a_list_longer_than_the_queue_is_served(in_process: App) -> None:
     response = app.post(COMPLETIONS, {"prompt": [str(n) for n in range(10)]})
     assert response.status_code == 200, response.text
     assert [choice["index"] for choice in response.json()["choices"]] == list(range(10))
+
+
+def test_a_native_stream_writes_each_log_probability_once(
+    in_process: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event shows all tokens so far; what a token is called is looked up when it comes."""
+    asked: list[int] = []
+    name_of = ByteTokenizer.token_text
+    monkeypatch.setattr(
+        ByteTokenizer, "token_text", lambda self, token_id: (asked.append(token_id), name_of(self, token_id))[1]
+    )
+    app = in_process(FakeClient(answer=lambda request, index: "x" * 50))
+    fields = {"text": "ab", "stream": True, "return_logprob": True, "return_prompt_logprob": True}
+    events = events_of(app.post("/generate", fields))
+    shown = [event["meta_info"]["output_token_logprobs"] for event in events]
+    assert [len(each) for each in shown] == list(range(1, 51))
+    assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(shown))
+    assert len(events[0]["meta_info"]["input_token_logprobs"]) == 1
+    assert len(asked) <= 51

@@ -61,7 +61,18 @@ def test_an_empty_key_is_refused_at_start(in_process: App, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [None, "Bearer wrong", "Bearer ", "Basic right", "right", "Bearer rightt", "Bearer é"]
+    "header",
+    [
+        None,
+        "Bearer wrong",
+        "Bearer ",
+        "Basic right",
+        "right",
+        "Bearer rightt",
+        "Bearer é",
+        "Bearer right\xa0",
+        "Bearer \x85right",
+    ],
 )
 def test_wrong_key(in_process: App, header: str | None) -> None:
     app = in_process(api_key="right")

@@ -24,6 +24,8 @@ from running_server import CHAT, COMPLETIONS, HELLO, Live
 
 from lockstep.config.components import ServerOptions
 from lockstep.core.errors import ConfigError
+from lockstep.core.output import RequestOutput
+from lockstep.server.replies.native import NativeReply
 from lockstep.server.serve import bind, serve
 
 pytestmark = pytest.mark.suite("cpu")
@@ -117,6 +119,29 @@ def test_failure_in_the_middle_is_an_event(live: Start) -> None:
     assert [json.loads(line)["choices"][0]["delta"].get("content") for line in lines[1:-1]] == ["H", "e", "l"]
     metrics = httpx.get(server.url + "/metrics").text
     assert f'lockstep_requests_total{{endpoint="{CHAT}",outcome="server_error"}} 1.0' in metrics
+
+
+def test_a_fault_in_the_middle_is_an_event(
+    live: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault of the server itself, too: the client learns that the answer is not whole."""
+    whole = NativeReply.events
+    told: list[int] = []
+
+    def faulty(reply: NativeReply, index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        told.append(index)
+        if len(told) == 3:
+            raise ZeroDivisionError
+        return whole(reply, index, output)
+
+    monkeypatch.setattr(NativeReply, "events", faulty)
+    server = live()
+    with httpx.stream("POST", server.url + "/generate", json={"text": "a", "stream": True}) as response:
+        lines = list(data_lines(response))
+    assert len(lines) == 3 and json.loads(lines[-1])["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in caplog.text
+    wait_until(lambda: not server.client.running)
+    assert 'endpoint="/generate",outcome="server_error"} 1.0' in httpx.get(server.url + "/metrics").text
 
 
 def test_abort_by_id_and_all(live: Start) -> None:

@@ -22,7 +22,14 @@ from lockstep.server.tools.forced import (
 )
 from lockstep.server.tools.hermes import HermesReader
 from lockstep.server.tools.llama3_json import Llama3JsonReader
-from lockstep.server.tools.reader import AnswerReader, CallArguments, CallStart, Text, TextReader
+from lockstep.server.tools.reader import (
+    AnswerReader,
+    CallArguments,
+    CallStart,
+    FirstCallReader,
+    Text,
+    TextReader,
+)
 from lockstep.server.tools.registry import choose_reader
 
 pytestmark = pytest.mark.suite("cpu")
@@ -211,3 +218,13 @@ def test_named_grammar_is_the_parameters() -> None:
     assert json.loads(named_call_grammar(FUNCTIONS[0]).source) == TREE
     assert accepts(named_call_grammar(FUNCTIONS[2]).source, '{"x": 1}')
     assert not accepts(named_call_grammar(FUNCTIONS[2]).source, "[1]")
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_one_call_at_a_time(size: int) -> None:
+    """`parallel_tool_calls: false` where no call is forced: calls after the first are left out, text is not."""
+    answer = f'Hm. <tool_call>{ADD}</tool_call> And <tool_call>{{"name": "sub"}}</tool_call> Done'
+    parts = [answer[at : at + size] for at in range(0, len(answer), size)]
+    text, calls = read(HermesReader(NAMES), parts)
+    assert [name for name, _ in calls] == ["add", "sub"]
+    assert read(FirstCallReader(HermesReader(NAMES)), parts) == (text, calls[:1])

@@ -174,10 +174,13 @@ def _body(model: str, job: Job) -> dict[str, Any]:
 
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """The data of server-sent events."""
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            yield line.removeprefix("data:").strip()
+    """The data of server-sent events. Lines end where bytes say so: texts may hold other ends of lines."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").strip().decode()
 
 
 async def _follow(exchange: Exchange, events: AsyncIterator[str], start_s: float) -> None:

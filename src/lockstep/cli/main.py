@@ -31,6 +31,7 @@ def _outcome(arguments: Sequence[str] | None) -> int:
     from lockstep.cli.group import lockstep
     from lockstep.config.environment import debugging
 
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         # Text of a model may hold characters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):
@@ -54,6 +55,13 @@ def _outcome(arguments: Sequence[str] | None) -> int:
         message, code = _explain(error)
         click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
         return code
+
+
+def _open_standard_streams() -> None:
+    """Those that the caller closed read and write nothing, and no other file takes their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  open to the end
 
 
 def _explain(error: Exception) -> tuple[str, int]:

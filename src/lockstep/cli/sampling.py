@@ -123,6 +123,12 @@ def _grammar(written: dict[str, str | Path | None]) -> Grammar | None:
         flags = " and ".join("--" + name.replace("_", "-") for name in given)
         raise click.UsageError(f"{flags} exclude each other: an answer follows one grammar")
     for name, value in given.items():
-        source = value.read_text(encoding="utf-8") if isinstance(value, Path) else value
-        return Grammar(_GRAMMARS[name], source)
+        return Grammar(_GRAMMARS[name], _text_of(value, name) if isinstance(value, Path) else value)
     return None
+
+
+def _text_of(path: Path, name: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"--{name.replace('_', '-')} {path} cannot be read: {error}") from None

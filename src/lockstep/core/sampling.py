@@ -108,7 +108,7 @@ class SamplingParams:
         number("min_p", 0.0, 1.0)
         number("presence_penalty", -2.0, 2.0)
         number("frequency_penalty", -2.0, 2.0)
-        number("repetition_penalty", 0.0, 100.0, open_low=True)
+        number("repetition_penalty", 0.01, 100.0)  # less, and scores would overflow
         integer = self._integer
         integer("top_k", -1)
         integer("n", 1, MAX_CHOICES)

@@ -31,8 +31,13 @@ _HTTP_CODES = {
     405: "method_not_allowed",
     413: "body_too_large",
 }
+_LONGEST_MESSAGE, _LONGEST_PARAM = 2000, 200
+"""Characters of an error: what it quotes of a request may be as long as a body is."""
+
 _UNION_TAG = re.compile(r"(str|int|bool|float|NamedToolChoice|AllowedToolsChoice|[a-z-]+\[.*\])$")
 """What pydantic puts into a location for the member of a union that it tried."""
+
+INTERNAL_ERROR = "internal error; the server's log has the details"
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +70,14 @@ def error_body(
 ) -> dict[str, dict[str, str | None]]:
     """The JSON object of an error."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    shown = {"message": _printable(message), "type": kind, "param": param and _printable(param), "code": code}
-    return {"error": shown}
+    message, param = _printable(message, _LONGEST_MESSAGE), param and _printable(param, _LONGEST_PARAM)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _printable(text: str) -> str:
-    """Half of a surrogate pair, quoted from a bad request, cannot be sent back as it is."""
+def _printable(text: str, longest: int) -> str:
+    """Half of a surrogate pair, quoted from a bad request, cannot be sent back as it is; both ends say what it is."""
+    if len(text) > longest:
+        text = f"{text[: longest - 100]} ... {text[-95:]}"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -169,7 +176,7 @@ async def _on_disconnect(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    return http_error_response(500, "internal error; the server's log has the details")
+    return http_error_response(500, INTERNAL_ERROR)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -62,21 +62,30 @@ class LegacyLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def add(self, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> dict[str, list[Any]]:
-        """The object for further tokens; one without a log-probability (the first of a prompt) has nulls."""
-        shape: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
+    def add(self, tokens: Iterable[tuple[int, TokenLogprob]]) -> dict[str, list[Any]]:
+        """The object for further tokens."""
+        shape = _empty()
         for token_id, found in tokens:
-            shape["tokens"].append(self._tokenizer.token_text(token_id))
-            shape["text_offset"].append(self._offset)
-            shape["token_logprobs"].append(None if found is None else _finite(found.logprob))
-            shape["top_logprobs"].append(None if found is None else self._top(found))
-            self._offset += self._num_characters(token_id)
+            self._append(shape, token_id, found, self._num_characters(token_id))
         return shape
+
+    def add_echo(self, tokens: Iterable[tuple[int, TokenLogprob | None]], text: str) -> dict[str, list[Any]]:
+        """The object for a prompt, which begins the choice's text; its first token has nulls."""
+        shape = _empty()
+        for token_id, found in tokens:
+            self._append(shape, token_id, found, self._num_echoed(token_id, text))
+        self._offset = len(text)
+        self._decoder.reset()
+        return shape
+
+    def _append(
+        self, shape: dict[str, list[Any]], token_id: int, found: TokenLogprob | None, num_characters: int
+    ) -> None:
+        shape["tokens"].append(self._tokenizer.token_text(token_id))
+        shape["text_offset"].append(self._offset)
+        shape["token_logprobs"].append(None if found is None else _finite(found.logprob))
+        shape["top_logprobs"].append(None if found is None else self._top(found))
+        self._offset += num_characters
 
     def _top(self, found: TokenLogprob) -> dict[str, float]:
         # Best first, and the first of two equal names stays: a greedy check by the maximum keeps working.
@@ -86,7 +95,20 @@ class LegacyLogprobs:
         best.setdefault(self._tokenizer.token_text(found.token_id), _finite(found.logprob))
         return best
 
+    def _num_echoed(self, token_id: int, text: str) -> int:
+        """Characters of the prompt: tokens put around it, or a space put before it, are none of it."""
+        piece = self._decoder.decode(self._tokenizer.token_bytes(token_id))
+        if self._offset == 0 and not text.startswith(piece):
+            piece = piece.removeprefix(" ")
+        if text.startswith(piece, self._offset):
+            return len(piece)
+        return 0 if token_id in self._tokenizer.special_token_ids else min(len(piece), len(text) - self._offset)
+
     def _num_characters(self, token_id: int) -> int:
         if self._skip_special_tokens and token_id in self._tokenizer.special_token_ids:
             return 0
         return len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+
+
+def _empty() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

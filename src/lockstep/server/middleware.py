@@ -68,7 +68,7 @@ class RequireKey:
 
     def _has_key(self, scope: Scope) -> bool:
         kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), self._key)
+        return kind.lower() == "bearer" and hmac.compare_digest(key.strip(" \t").encode("latin-1"), self._key)
 
 
 class LimitBody:

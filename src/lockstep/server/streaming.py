@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -10,8 +11,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lockstep.core.errors import InvalidRequest, LockstepError
-from lockstep.server.errors import body_of, response_of
+from lockstep.server.errors import INTERNAL_ERROR, body_of, error_body, response_of
 from lockstep.server.wire import DONE_EVENT, OUTCOME, SEND_BODY, ClientDisconnected, events, until_disconnect
+
+log = logging.getLogger(__name__)
 
 
 class EventStream(Response):
@@ -52,6 +55,12 @@ class EventStream(Response):
                     return
                 scope[OUTCOME] = "client_error" if isinstance(error, InvalidRequest) else "server_error"
                 last = events([body_of(error)])
+            except Exception:
+                if not started:
+                    raise
+                log.exception("a stream ended early")
+                scope[OUTCOME] = "server_error"
+                last = events([error_body(500, INTERNAL_ERROR)])
         await send_body(_piece(last, more=False))
 
 

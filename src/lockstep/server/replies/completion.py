@@ -45,10 +45,6 @@ class _Choice:
     def mean_logprob(self) -> float:
         return self.sum_logprob / self.num_tokens if self.num_tokens else float("-inf")
 
-    def extend_logprobs(self, logprobs: dict[str, list[Any]]) -> None:
-        for name, values in logprobs.items():
-            self.logprobs.setdefault(name, []).extend(values)
-
 
 class CompletionReply:
     """Builds the answer to one completion request of one or many prompts."""
@@ -93,22 +89,22 @@ class CompletionReply:
 
     def _grow(self, prompt_index: int, delta: CompletionDelta) -> dict[str, Any]:
         key = (prompt_index, delta.index)
-        text, tokens = "", list[tuple[int, TokenLogprob | None]]()
+        echo, echoed = "", list[tuple[int, TokenLogprob | None]]()
         choice = self._choices.get(key)
         if choice is None:
             choice = self._choices[key] = _Choice(self._new_logprobs())
             if self._shape.echo:
-                text, tokens = self._echo(prompt_index)
-        if not self._shape.drops_output:
-            text += delta.text
-            tokens += [(found.token_id, found) for found in delta.logprobs]
+                echo, echoed = self._echo(prompt_index)
+        new = () if self._shape.drops_output else delta.logprobs
+        text = echo + ("" if self._shape.drops_output else delta.text)
         choice.text += text
         choice.num_tokens += len(delta.token_ids)
         choice.sum_logprob += sum([found.logprob for found in delta.logprobs])
         logprobs = None
         if self._shape.num_logprobs is not None:
-            logprobs = choice.legacy.add(tokens)
-            choice.extend_logprobs(logprobs)
+            logprobs = choice.legacy.add_echo(echoed, echo) if echoed else {}
+            _extend(logprobs, choice.legacy.add((found.token_id, found) for found in new))
+            _extend(choice.logprobs, logprobs)
         choice.finish_reason = delta.finish_reason
         if self._shape.drops_output and delta.finish_reason == "stop":
             choice.finish_reason = "length"
@@ -149,3 +145,8 @@ class CompletionReply:
         if self._shape.wants_usage_chunk:
             chunk["usage"] = None
         return chunk
+
+
+def _extend(logprobs: dict[str, list[Any]], newer: dict[str, list[Any]]) -> None:
+    for name, values in newer.items():
+        logprobs.setdefault(name, []).extend(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,15 @@ class NativeShape:
     shows_prompt_logprobs: bool = False
 
 
+_Entries = tuple[list[list[Any]], list[list[list[Any]]]]
+"""Tokens and their alternatives as they are shown; every event shows all so far."""
+
+
 @dataclass
 class _Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: _Entries = field(default_factory=lambda: ([], []))
     last: CompletionDelta | None = None
     output: RequestOutput | None = None
 
@@ -40,19 +45,19 @@ class NativeReply:
         self._tokenizer = tokenizer
         self._shape = shape
         self._choices = [_Choice() for _ in range(shape.num_prompts * shape.num_choices)]
-        self._prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in range(shape.num_prompts)]
+        self._prompt_logprobs: list[_Entries] = [([], []) for _ in range(shape.num_prompts)]
         self._started_s = time.monotonic()
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """The objects that one output of the engine becomes in a stream; several answers carry an `index`."""
-        self._prompt_logprobs[prompt_index] += output.prompt_logprobs
+        self._add(self._prompt_logprobs[prompt_index], output.prompt_logprobs)
         changed = []
         for delta in output.deltas:
             index = prompt_index * self._shape.num_choices + delta.index
             choice = self._choices[index]
             choice.text += delta.text
             choice.token_ids += delta.token_ids
-            choice.logprobs += delta.logprobs
+            self._add(choice.logprobs, delta.logprobs)
             choice.last, choice.output = delta, output
             changed.append(index)
         return [self._shown(index) | ({"index": index} if self._many else {}) for index in changed]
@@ -61,6 +66,10 @@ class NativeReply:
         """The whole answer: one object, or a list for several prompts or choices."""
         shown = [self._shown(index) for index in range(len(self._choices))]
         return shown if self._many else shown[0]
+
+    def _add(self, entries: _Entries, found: Sequence[TokenLogprob]) -> None:
+        for shown, new in zip(entries, native_entries(self._tokenizer, found), strict=True):
+            shown.extend(new)
 
     @property
     def _many(self) -> bool:
@@ -78,13 +87,10 @@ class NativeReply:
             "e2e_latency": time.monotonic() - self._started_s,
         }
         if self._shape.shows_logprobs:
-            meta["output_token_logprobs"], meta["output_top_logprobs"] = native_entries(
-                self._tokenizer, choice.logprobs
-            )
+            meta["output_token_logprobs"], meta["output_top_logprobs"] = choice.logprobs
         if self._shape.shows_prompt_logprobs:
-            meta["input_token_logprobs"], meta["input_top_logprobs"] = native_entries(
-                self._tokenizer, self._prompt_logprobs[index // self._shape.num_choices]
-            )
+            prompt_logprobs = self._prompt_logprobs[index // self._shape.num_choices]
+            meta["input_token_logprobs"], meta["input_top_logprobs"] = prompt_logprobs
         return {"text": choice.text, "output_ids": choice.token_ids, "meta_info": meta}
 
 

@@ -34,7 +34,7 @@ from lockstep.server.tools.forced import (
     named_call_grammar,
     required_calls_grammar,
 )
-from lockstep.server.tools.reader import AnswerReader, TextReader
+from lockstep.server.tools.reader import AnswerReader, FirstCallReader, TextReader
 from lockstep.server.tools.registry import choose_reader
 from lockstep.server.wire import events
 
@@ -69,6 +69,8 @@ def plan_tools(body: ChatCompletionRequest, client: EngineClient, parser: str | 
     template = client.tokenizer.chat_template
     reader = choose_reader(parser, "\n".join(template.sources.values()) if template else None)
     names = frozenset(tool.function.name for tool in tools)
+    if body.parallel_tool_calls is False:
+        return ToolPlan(tools, lambda: FirstCallReader(reader(names)))
     return ToolPlan(tools, lambda: reader(names))
 
 

@@ -38,18 +38,23 @@ class Strict(BaseModel):
         return {name: value for name, value in data.items() if name not in cls.ignored}
 
 
+MAX_PROMPTS = 16_384
+"""Of one request: what reads them takes no longer than another request may wait."""
+
+
 def _as_list(value: Any) -> Any:
     """A lone string becomes a list of one."""
     return [value] if isinstance(value, str) else value
 
 
 def as_prompts(value: Any) -> list[str | list[int]]:
-    """OpenAI's four spellings of prompts, as a list of texts and token id lists."""
+    """OpenAI's four spellings of prompts, as a list of texts and token id lists, MAX_PROMPTS of them at most."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
         if all(_is_int(item) for item in value):
             return [value]
+        refuse_too_many(value)
         if all(isinstance(item, str) for item in value):
             return value
         if all(isinstance(item, list) and all(_is_int(i) for i in item) for item in value):
@@ -60,12 +65,39 @@ def as_prompts(value: Any) -> list[str | list[int]]:
     )
 
 
+def refuse_too_many(prompts: Any) -> Any:
+    """The same, unless it is a list of more than MAX_PROMPTS."""
+    if isinstance(prompts, list) and len(prompts) > MAX_PROMPTS:
+        raise PydanticCustomError(
+            "too_many_prompts",
+            "{given} prompts in one request; send at most {most} at a time",
+            {"given": len(prompts), "most": MAX_PROMPTS},
+        )
+    return prompts
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-StringOrList = Annotated[list[str], BeforeValidator(_as_list)]
-"""A string or a list of strings."""
+def _check_biases(value: Any) -> Any:
+    """The first value that is no number is one complaint; a million of them would be a million."""
+    wrong = (
+        next((bias for bias in value.values() if not _is_number(bias)), None)
+        if isinstance(value, dict)
+        else None
+    )
+    if wrong is not None:
+        raise PydanticCustomError("logit_bias", "expected numbers as values")
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+StringOrList = Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list)]
+"""A string or a list of strings. What is wrong with lists is said of the first entry alone, however long they are."""
 
 Prompts = Annotated[list[Any], BeforeValidator(as_prompts)]
 """One or many prompts: each item is a text or a list of token ids."""
@@ -118,11 +150,11 @@ class SamplingFields(Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float] | None, BeforeValidator(_check_biases)] = None
     seed: int | None = None
     n: int | None = None
     stop: StringOrList | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     include_stop: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

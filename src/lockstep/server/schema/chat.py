@@ -96,7 +96,7 @@ class ChatMessage(Strict):
     role: Role
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[ToolCallMessage] | None = None
+    tool_calls: Annotated[list[ToolCallMessage], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -153,7 +153,7 @@ class AllowedTools(Strict):
     """Some of the offered tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedToolChoice], Field(min_length=1)]
+    tools: Annotated[list[NamedToolChoice], Field(min_length=1, fail_fast=True)]
 
 
 class AllowedToolsChoice(Strict):
@@ -220,12 +220,12 @@ class ChatCompletionRequest(OpenAIFields):
         "web_search_options": "the server reaches no network",
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Annotated[ToolChoice | None, BeforeValidator(_as_tool_choice)] = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

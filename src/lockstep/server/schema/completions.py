@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from lockstep.server.schema.base import OpenAIFields, Prompts, Seconds, Strict
+from lockstep.server.schema.base import OpenAIFields, Priority, Prompts, Seconds, Strict
 
 
 class CompletionRequest(OpenAIFields):
@@ -33,5 +33,5 @@ class EmbeddingRequest(Strict):
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     add_special_tokens: bool | None = None
-    priority: int | None = None
+    priority: Priority | None = None
     deadline_s: Seconds | None = None

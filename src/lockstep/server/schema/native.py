@@ -8,7 +8,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from lockstep.server.schema.base import Priority, SamplingFields, Seconds, Strict, as_prompts
+from lockstep.server.schema.base import (
+    Priority,
+    SamplingFields,
+    Seconds,
+    Strict,
+    as_prompts,
+    refuse_too_many,
+)
 
 RequestId = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -36,7 +43,9 @@ def _check_token_ids(value: Any) -> Any:
 class GenerateRequest(Strict):
     """One prompt or many; exactly one of `text` and `input_ids`."""
 
-    text: str | Annotated[list[str], Field(min_length=1)] | None = None
+    text: Annotated[
+        str | Annotated[list[str], Field(min_length=1, fail_fast=True)] | None, BeforeValidator(refuse_too_many)
+    ] = None
     input_ids: Annotated[list[Any] | None, BeforeValidator(_check_token_ids)] = None
     sampling_params: NativeSamplingParams = Field(default_factory=NativeSamplingParams)
     stream: bool = False
@@ -76,7 +85,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """One list of token ids."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
     model: str | None = None
     skip_special_tokens: bool = True
 

@@ -55,6 +55,26 @@ class TextReader:
         yield from ()
 
 
+class FirstCallReader:
+    """What another reader finds, but for calls after the first."""
+
+    def __init__(self, reader: AnswerReader) -> None:
+        self._reader = reader
+        self._num_calls = 0
+
+    def feed(self, text: str) -> Iterator[Piece]:
+        return self._wanted(self._reader.feed(text))
+
+    def finish(self) -> Iterator[Piece]:
+        return self._wanted(self._reader.finish())
+
+    def _wanted(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            self._num_calls += isinstance(piece, CallStart)
+            if isinstance(piece, Text) or self._num_calls == 1:
+                yield piece
+
+
 def call_pieces(value: Any, names: Collection[str]) -> list[Piece] | None:
     """A parsed `name` with `arguments` or `parameters` as pieces; None unless it calls a known tool."""
     name = value.get("name") if isinstance(value, dict) else None
