@@ -124,7 +124,7 @@ def _add_common(parser: argparse.ArgumentParser, do: Any) -> None:
     parser.add_argument(
         "--cache-state", default="unknown", help="Whether compiled kernels were there: cold, warm."
     )
-    parser.add_argument("--limit-s", type=float, default=120.0, help="Time for one test, or for the start.")
+    parser.add_argument("--limit-s", type=float, default=180.0, help="Time for one test, or for the start.")
 
 
 def _add_measuring(parser: argparse.ArgumentParser, do: Any) -> None:

@@ -22,6 +22,9 @@ from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Case, Contract
 from lockstep.ops.registry import contracts, kernels
 
+WIDE = 64
+"""Heads."""
+
 MOST_PROGRAMS = 40
 """Programs times turns of the loop that are still quick to interpret."""
 
@@ -31,6 +34,8 @@ def small_cases(contract: Contract) -> Iterator[Case]:
         arguments = case.make(torch.Generator().manual_seed(0))
         if arguments[0].dtype == torch.float16:
             continue  # interpreted as float32 is
+        if arguments[0].shape[1] >= WIDE and arguments[0].dtype == torch.float32:
+            continue  # takes as long as all others together, and is tiled as in bfloat16
         q, pool, num_keys = arguments[0], arguments[1], arguments[4 if "decode" in contract.name else 5]
         turns = 1 + int(num_keys.sum()) // 32
         rounds = 1 if contract.name == "attention_decode" else 8
