@@ -44,6 +44,8 @@ SIGNATURE: dict[str, Any] = {
     "blocks": 28,
     "activation": "silu",
     "plain": True,
+    "head_norms": True,
+    "qkv_bias": False,
     "num_ranks": 1,
 }
 

@@ -19,6 +19,7 @@ from lockstep.executor.threads import SHARING_FULL_SHARE, ThreadGovernor
 from lockstep.layers.build import Build, Place, Slice, Weights, fill_places
 from lockstep.models.llm.decoder import DecoderModel
 from lockstep.models.registry import model_class
+from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel
 from lockstep.ops.decoder_decode.signature import signature_of
 from lockstep.ops.grouped_weight import GroupedWeight
@@ -82,6 +83,7 @@ def load_model(
         platform,
         probe,
         on_weight,
+        background=_background(config, platform, mesh),
     )
     bound = bind_model(build, facts, settings, config, platform, compile_ahead=True)
     model = bound.model
@@ -144,6 +146,7 @@ def new_build(
     probe: Probe | None = None,
     on_weight: OnWeight | None = None,
     selector: type[KernelSelector] = KernelSelector,
+    background: BackgroundCompiler | None = None,
 ) -> Build:
     """What the layers of a model are made with under this configuration; `selector` binds their kernels."""
     return Build(
@@ -152,7 +155,7 @@ def new_build(
         dtype=getattr(torch, config.model.dtype),
         kv_dtype=getattr(torch, config.cache.kv_cache_dtype),
         weights=weights,
-        kernels=kernel_selector(config, platform, selector),
+        kernels=kernel_selector(config, platform, selector, background),
         context_length=config.model.context_length,
         page_size=config.cache.page_size,
         keep_grouped=config.model.quantization not in ("none", "bf16"),
@@ -163,9 +166,12 @@ def new_build(
 
 
 def kernel_selector(
-    config: EngineConfig, platform: Platform, selector: type[KernelSelector] = KernelSelector
+    config: EngineConfig,
+    platform: Platform,
+    selector: type[KernelSelector] = KernelSelector,
+    background: BackgroundCompiler | None = None,
 ) -> KernelSelector:
-    """Binds kernels for the platform's device under the configuration's choices.
+    """Binds kernels for the platform's device under the configuration's choices; see KernelSelector.
 
     Raises KernelError where the platform prefers kernels that nobody has.
     """
@@ -177,7 +183,14 @@ def kernel_selector(
         forced=config.kernels.forced,
         strict=config.kernels.strict_kernels,
         measured_in=config.kernels.measured_in,
+        background=background,
     )
+
+
+def _background(config: EngineConfig, platform: Platform, mesh: Mesh) -> BackgroundCompiler | None:
+    """The first rank compiles for all: their devices are alike, and so is the folder."""
+    rank = mesh.everyone.rank
+    return BackgroundCompiler(platform.device(rank), config.kernels.measured_in) if rank == 0 else None
 
 
 def bind_whole(

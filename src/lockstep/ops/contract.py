@@ -129,8 +129,9 @@ class Kernel:
     an embedding that is tied to a head need not be held twice. `opaque`: what `prepare` gives is no tensor.
     `with_measured` gives the function that follows what was measured and keeps what it compiles on this machine, from
     the folder for both; the same function for the same folder. `compile_ahead` makes what calls of a signature lack,
-    once for a machine, when a model is built: until then `refuses` says that it is not compiled. `by_name`: it is bound
-    only where it is asked for by name.
+    once for a machine, when a model is built: until then `refuses` says that it is not compiled. `compile_later` gives
+    what calls of a signature may need on a device, each as a function that compiles it into the folder: others may do
+    so before the first call. `by_name`: it is bound only where it is asked for by name.
     """
 
     op: str
@@ -146,6 +147,7 @@ class Kernel:
     opaque: bool = False
     with_measured: Callable[[Path], Callable[..., Any]] | None = None
     compile_ahead: Callable[[Signature], None] | None = None
+    compile_later: Callable[[Signature, Path, torch.device], Iterable[Callable[[], object]]] | None = None
     by_name: bool = False
 
 

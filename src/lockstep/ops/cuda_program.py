@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,10 @@ from lockstep.core.errors import KernelError
 _FOLDER = "compiled"
 _DIGEST_BYTES = 32
 _HOPPER_PARTS = Path(__file__).with_name("hopper_parts.cu")
+_TURNS: dict[Path, threading.Lock] = {}
+"""By the file of a program: a thread that wants what another one compiles waits for it."""
+
+_TURNS_LOCK = threading.Lock()
 
 
 def hopper_source(facts: Mapping[str, int], *texts: str) -> str:
@@ -67,9 +72,7 @@ class CudaProgram:
     ) -> None:
         self._device = device
         self._torch = torch.get_device_module(device)
-        major, minor = self._torch.get_device_capability(device)
-        # The letter: instructions that only this generation has.
-        code = machine_code(source, f"sm_{major}{minor}a", cache_dir)
+        code = machine_code(source, architecture_of(device), cache_dir)
         with self._torch.device(device):
             self._module = checked(driver.cuModuleLoadData(code))
             self._function = checked(driver.cuModuleGetFunction(self._module, name.encode()))
@@ -123,18 +126,30 @@ def missing_compiler() -> str | None:
     return None
 
 
+def architecture_of(device: torch.device) -> str:
+    """What the compiler calls the device's generation; the letter stands for instructions that only it has."""
+    major, minor = torch.get_device_module(device).get_device_capability(device)
+    return f"sm_{major}{minor}a"
+
+
 def machine_code(source: str, architecture: str, cache_dir: Path | None) -> bytes:
-    """The compiled source, from the cache where an earlier process left it."""
+    """The compiled source, from the cache where an earlier process left it, or another thread just now."""
     if cache_dir is None:
         return _compiled(source.encode(), architecture)
     version = checked(nvrtc.nvrtcVersion())
     name = hashlib.sha256(repr((source, architecture, version)).encode()).hexdigest()
     file = cache_dir / _FOLDER / f"{name}.cubin"
-    kept = _kept(file)
-    if kept is None:
-        kept = _compiled(source.encode(), architecture)
-        _keep(kept, file)
+    with _turn_of(file):
+        kept = _kept(file)
+        if kept is None:
+            kept = _compiled(source.encode(), architecture)
+            _keep(kept, file)
     return kept
+
+
+def _turn_of(file: Path) -> threading.Lock:
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(file, threading.Lock())
 
 
 def _kept(file: Path) -> bytes | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import KernelError, nearest
+from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Contract, Kernel, Signature
 from lockstep.ops.registry import contracts, kernels
 
@@ -45,7 +46,8 @@ class KernelSelector:
     `preference` orders providers, best first; one that it does not name comes before torch and the reference, or with
     `only` nowhere. `forced` maps an operator to a provider; "*" stands for every operator that has a kernel of that
     provider. `strict` makes a fallback (a preferred kernel that exists for this platform but refuses) an error.
-    `measured_in` is the folder of what was measured and compiled on this machine. Raises KernelError when `forced`
+    `measured_in` is the folder of what was measured and compiled on this machine, which `background` fills with what
+    bound kernels will call. Raises KernelError when `forced`
     names an operator or a provider that is not known.
     """
 
@@ -58,8 +60,10 @@ class KernelSelector:
         forced: Mapping[str, str] | None = None,
         strict: bool = False,
         measured_in: Path | None = None,
+        background: BackgroundCompiler | None = None,
     ) -> None:
         self._capabilities = capabilities
+        self._background = background
         self._measured_in = measured_in
         self._preference = preference if "reference" in preference else (*preference, "reference")
         self._only = only
@@ -116,6 +120,8 @@ class KernelSelector:
         if self._measured_in is not None and binding.kernel.with_measured is not None:
             function = binding.kernel.with_measured(self._measured_in)
             binding = replace(binding, kernel=replace(binding.kernel, function=function))
+        if self._background is not None:
+            self._background.add(binding.kernel, binding.signature)
         self.bindings.append(binding)
         return binding
 

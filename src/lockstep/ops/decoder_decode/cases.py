@@ -86,6 +86,8 @@ class Decoder:
             "blocks": self.num_blocks,
             "activation": self.activation,
             "plain": self.is_plain,
+            "head_norms": self.has_head_norms,
+            "qkv_bias": self.has_bias or self.has_every_bias,
             "num_ranks": 1,
         }
 

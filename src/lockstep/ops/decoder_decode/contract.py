@@ -67,6 +67,8 @@ CONTRACT = Contract(
         "blocks",
         "activation",
         "plain",
+        "head_norms",
+        "qkv_bias",
         "num_ranks",
     ),
     reference=decoder_decode,

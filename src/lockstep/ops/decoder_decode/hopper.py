@@ -6,7 +6,8 @@ Shapes: B sequences, D model, R2 half of a head, L blocks, K KV heads, P pages, 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from math import e, log2
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from lockstep.core.errors import KernelError
-from lockstep.ops.cuda_program import CudaProgram, Launch
+from lockstep.ops.cuda_program import CudaProgram, Launch, architecture_of, machine_code
 from lockstep.ops.decoder_decode.hopper_shape import LAYER_BYTES, DecodeGrid, DecoderShape, grid_of, rows_served
 from lockstep.ops.decoder_forward.outline import BlockOutline, DecoderOutline, ProductOutline
 from lockstep.ops.hopper_attention import attention_source, tile_map
@@ -162,6 +163,13 @@ def _program(
     shape: DecoderShape, grid: DecodeGrid, device: torch.device, cache_dir: Path | None
 ) -> CudaProgram:
     return CudaProgram(source(shape, grid), "decode", device, cache_dir, shared_bytes=grid.shared_bytes)
+
+
+def programs(shape: DecoderShape, device: torch.device, cache_dir: Path) -> Iterator[Callable[[], object]]:
+    """Of each number of rows that is served, as functions that compile into `cache_dir`."""
+    counts = range(1, rows_served(shape, _properties(device).multi_processor_count) + 1)
+    for grid in dict.fromkeys(_grid(shape, count, device) for count in counts):
+        yield partial(machine_code, source(shape, grid), architecture_of(device), cache_dir)
 
 
 @cache

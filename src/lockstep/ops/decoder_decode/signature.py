@@ -34,6 +34,8 @@ def signature_of(
         "blocks": len(outline.blocks),
         "activation": outline.activation,
         "plain": _is_plain(outline, dtype),
+        "head_norms": any(block.attention.q_norm is not None for block in outline.blocks),
+        "qkv_bias": any(block.attention.qkv.bias_O is not None for block in outline.blocks),
         "num_ranks": num_ranks,
     }
 

@@ -6,13 +6,14 @@ Shapes: T tokens, D model, E experts, F inner width, K experts of each token, P 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from lockstep.ops.cuda_program import CudaProgram, Launch, hopper_source
-from lockstep.ops.fused_moe.hopper_down_blocks import DownBlock, DownShape, shared_bytes
+from lockstep.ops.cuda_program import CudaProgram, Launch, architecture_of, hopper_source, machine_code
+from lockstep.ops.fused_moe.hopper_down_blocks import FEW_TOKENS, DownBlock, DownShape, block_of, shared_bytes
 
 _SOURCE = Path(__file__).with_name("hopper_down.cu")
 _ALIGNED_BYTES = 16
@@ -43,6 +44,15 @@ def _program(
 ) -> CudaProgram:
     text = source(block, shape, dtype)
     return CudaProgram(text, "weighted_down", device, cache_dir, shared_bytes=shared_bytes(block, shape))
+
+
+def programs(
+    shape: DownShape, dtype: torch.dtype, device: torch.device, cache_dir: Path
+) -> Iterator[Callable[[], object]]:
+    """Of each number of tokens, as functions that compile into `cache_dir`."""
+    for block in dict.fromkeys(block_of(count, shape) for count in range(1, FEW_TOKENS + 1)):
+        if block is not None:
+            yield partial(machine_code, source(block, shape, dtype), architecture_of(device), cache_dir)
 
 
 @cache

@@ -27,6 +27,9 @@ _STAGES = 3
 _TOKENS_OF_ONE_ROUND = 2
 """With more, small blocks were better, of which several share a multiprocessor."""
 
+FEW_TOKENS = 4
+"""More have the blocks of so many."""
+
 _ALIGNED = 8
 """Numbers that are copied or multiplied together."""
 

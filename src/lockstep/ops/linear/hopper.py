@@ -7,17 +7,29 @@ Shapes: T rows, I inputs, O outputs of the weight, F of the result.
 from __future__ import annotations
 
 import ctypes
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
 
-from lockstep.ops.cuda_program import CudaProgram, Launch, TensorMap, hopper_source, tensor_map
+from lockstep.ops.contract import Signature
+from lockstep.ops.cuda_program import (
+    CudaProgram,
+    Launch,
+    TensorMap,
+    architecture_of,
+    hopper_source,
+    machine_code,
+    tensor_map,
+)
 from lockstep.ops.linear.blocks import can_be_copied
 from lockstep.ops.linear.hopper_blocks import (
     BLOCK_INPUTS,
     COPY_REGISTERS,
+    MOST_ROWS,
     HopperBlock,
+    block_of,
     registers,
     result_rows,
     rows_at_once,
@@ -84,6 +96,19 @@ def _program(
 ) -> CudaProgram:
     text = source(block, dtype, gated=gated, has_bias=has_bias, best=best)
     return CudaProgram(text, "product", device, cache_dir, shared_bytes=shared_bytes(block))
+
+
+def programs(
+    signature: Signature, cache_dir: Path, device: torch.device, *, gated: bool = False, best: bool = False
+) -> Iterator[Callable[[], object]]:
+    """Of each number of rows, as functions that compile into `cache_dir`; the most rows first, as an engine starts."""
+    outputs, inputs = signature["outputs"], signature["inputs"]
+    counts = (MOST_ROWS, *range(1, MOST_ROWS))
+    for block in dict.fromkeys(block_of(count, outputs, inputs, gated=gated) for count in counts):
+        if block is not None and not (best and block.splits > 1):
+            has_bias = signature.get("bias", False)
+            text = source(block, signature["dtype"], gated=gated, has_bias=has_bias, best=best)
+            yield partial(machine_code, text, architecture_of(device), cache_dir)
 
 
 @lru_cache(maxsize=8192)

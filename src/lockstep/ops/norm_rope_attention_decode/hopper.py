@@ -6,16 +6,17 @@ Shapes: B sequences, A all heads (N query, K key, K value heads), H head dim, R2
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from math import e, log2
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from lockstep.ops.cuda_program import CudaProgram, Launch
+from lockstep.ops.cuda_program import CudaProgram, Launch, architecture_of, machine_code
 from lockstep.ops.hopper_attention import attention_source, tile_map
-from lockstep.ops.norm_rope_attention_decode.hopper_blocks import DecodeBlock, shared_bytes
+from lockstep.ops.norm_rope_attention_decode.hopper_blocks import BLOCKS, DecodeBlock, shared_bytes
 
 _SOURCE = Path(__file__).with_name("hopper.cu")
 
@@ -49,6 +50,12 @@ def source(block: DecodeBlock, heads: Heads) -> str:
 def _program(block: DecodeBlock, heads: Heads, device: torch.device, cache_dir: Path | None) -> CudaProgram:
     shared = shared_bytes(block, heads.head_dim)
     return CudaProgram(source(block, heads), "attend", device, cache_dir, shared_bytes=shared)
+
+
+def programs(heads: Heads, device: torch.device, cache_dir: Path) -> Iterator[Callable[[], object]]:
+    """Of each number of sequences, as functions that compile into `cache_dir`; the most first, as an engine starts."""
+    for block in reversed(BLOCKS):
+        yield partial(machine_code, source(block, heads), architecture_of(device), cache_dir)
 
 
 @cache

@@ -27,6 +27,9 @@ _MEASURED = (
 _FOR_MORE = DecodeBlock(2, 4, 2)
 
 
+BLOCKS = (*(block for _, block in _MEASURED), _FOR_MORE)
+
+
 def block_of(num_kv_heads: int) -> DecodeBlock:
     """For so many KV heads, those of all sequences together: few are shared by more thread blocks."""
     return next((block for most, block in _MEASURED if num_kv_heads <= most), _FOR_MORE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,15 @@ def _with_measured(cache_dir: Path) -> Callable[..., Any]:
     return partial(add_norm_linear, cache_dir=cache_dir)
 
 
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The kernel of each number of rows that it takes."""
+    from lockstep.ops.linear.hopper import programs
+
+    return programs(signature, cache_dir, device, gated=signature["gated"])
+
+
 KERNELS = (
     Kernel(
         op="add_norm_linear",
@@ -62,5 +71,6 @@ KERNELS = (
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
         refuses=_refuses,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )

@@ -5,7 +5,7 @@ Shapes: B sequences, D model, R2 half of a head, L blocks, K KV heads, P pages, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ def _refuses(signature: Signature) -> str | None:
         return "multiplies bfloat16, and keeps keys and values so"
     if not signature["plain"] or signature["activation"] != "silu":
         return "knows Llama's and Qwen 3's blocks, of plain weights"
-    group = signature["heads"] // signature["kv_heads"]
-    sizes = (signature["hidden_size"], signature["inner_size"], signature["kv_heads"], group)
-    shape = DecoderShape(*sizes, signature["head_dim"], signature["blocks"], signature["page_size"], True, True)
+    shape = _shape_of(signature)
     reason = why_not(shape)
     if reason is not None:
         return reason
@@ -35,6 +33,22 @@ def _refuses(signature: Signature) -> str | None:
     from lockstep.ops.cuda_program import missing_compiler
 
     return missing_compiler()
+
+
+def _shape_of(signature: Signature) -> DecoderShape:
+    group = signature["heads"] // signature["kv_heads"]
+    names = ("head_dim", "blocks", "page_size", "head_norms", "qkv_bias")
+    sizes = (signature["hidden_size"], signature["inner_size"], signature["kv_heads"], group)
+    return DecoderShape(*sizes, *(signature[name] for name in names))
+
+
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The kernel of each number of rows that it takes."""
+    from lockstep.ops.decoder_decode.hopper import programs
+
+    return programs(_shape_of(signature), device, cache_dir)
 
 
 def prepare(outline: DecoderOutline) -> Any:
@@ -81,5 +95,6 @@ KERNELS = (
         prepare=prepare,
         opaque=True,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )

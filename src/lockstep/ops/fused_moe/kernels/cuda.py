@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,16 @@ def _down_of_pairs(
     return weighted_down(inner_PF, down_EDF, weights_TK, ids_TK, block, cache_dir)
 
 
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The second product of each number of tokens that it takes."""
+    from lockstep.ops.fused_moe.hopper_down import programs
+
+    shape = DownShape(signature["top_k"], signature["width"], signature["inner"])
+    return programs(shape, signature["dtype"], device, cache_dir)
+
+
 @cache
 def _with_measured(cache_dir: Path) -> Callable[..., Any]:
     """One function for each folder: call sites that share it are the same kernel."""
@@ -80,5 +90,6 @@ KERNELS = (
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
         refuses=_refuses,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )

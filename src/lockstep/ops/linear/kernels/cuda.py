@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ def _with_measured(cache_dir: Path) -> Callable[..., Any]:
     return partial(linear, cache_dir=cache_dir)
 
 
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The kernel of each number of rows that it takes."""
+    from lockstep.ops.linear.hopper import programs
+
+    return programs(signature, cache_dir, device)
+
+
 KERNELS = (
     Kernel(
         op="linear",
@@ -59,5 +68,6 @@ KERNELS = (
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
         refuses=refuses,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )

@@ -5,14 +5,14 @@ It computes a score as linear's kernel for Hopper does, bit for bit, so that bot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lockstep.ops.contract import Kernel
+from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.linear.hopper_blocks import block_of
 from lockstep.ops.linear.kernels.cuda import linear, refuses
 
@@ -42,6 +42,15 @@ def _with_measured(cache_dir: Path) -> Callable[..., Any]:
     return partial(linear_choose_greedy, cache_dir=cache_dir)
 
 
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The kernel of each number of rows that it takes."""
+    from lockstep.ops.linear.hopper import programs
+
+    return programs(signature, cache_dir, device, best=True)
+
+
 KERNELS = (
     Kernel(
         op="linear_choose_greedy",
@@ -52,5 +61,6 @@ KERNELS = (
         features=frozenset({"sm_90", "triton", "cuda_bindings"}),
         refuses=refuses,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )

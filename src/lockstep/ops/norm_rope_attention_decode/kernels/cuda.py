@@ -5,7 +5,7 @@ Shapes: B sequences, A all heads (N query, K key, K value heads), H head dim, R2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def norm_rope_attention_decode(
         attend(heads_BAH, weights, eps, cos_sin, pools, *where, out_BNH, scale, block, cache_dir)
 
 
+def compile_later(
+    signature: Signature, cache_dir: Path, device: torch.device
+) -> Iterator[Callable[[], object]]:
+    """The kernel of each number of sequences."""
+    from lockstep.ops.norm_rope_attention_decode.hopper import Heads, programs
+
+    group, has_norms = signature["heads"] // signature["kv_heads"], signature["weight_dtype"] is not None
+    sizes = (group, signature["head_dim"], signature["page_size"])
+    return programs(Heads(*sizes, has_norms, signature["dtype"]), device, cache_dir)
+
+
 @cache
 def _with_measured(cache_dir: Path) -> Callable[..., Any]:
     return partial(norm_rope_attention_decode, cache_dir=cache_dir)
@@ -87,5 +98,6 @@ KERNELS = (
         features=frozenset({"sm_90", "cuda_bindings"}),
         refuses=_refuses,
         with_measured=_with_measured,
+        compile_later=compile_later,
     ),
 )
