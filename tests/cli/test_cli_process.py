@@ -48,6 +48,13 @@ def test_closed_streams_are_no_fault(closed: str) -> None:
     assert done.stdout == ("" if "1>" in closed else f"lockstep {__version__}\n")
 
 
+def test_a_full_disk_is_no_fault() -> None:
+    command = f"{sys.executable} -m lockstep.cli.main --version > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the output cannot be written: No space left on device\n")
+
+
 def test_no_arguments_is_help() -> None:
     done = lockstep()
     assert done.returncode == 0 and "Commands:" in done.stdout

@@ -140,6 +140,14 @@ def test_a_grammar_that_is_no_text(tmp_path: Path, capsys: Streams, option: str)
     assert said.startswith(f"error: {option} {path} cannot be read") and said.count("\n") == 1
 
 
+def test_a_prompt_that_is_no_text(opened: list[ScriptedLLM], capsys: Streams) -> None:
+    """What a shell hands on of bytes that are no UTF-8."""
+    for arguments in (["run", "caf\udcff"], ["run", "x", "--system", "\udcfe"]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("error: the prompt is not valid UTF-8")
+    assert not opened
+
+
 def test_system_raw_and_standard_input(
     opened: list[ScriptedLLM], monkeypatch: pytest.MonkeyPatch, capsys: Streams
 ) -> None:

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lockstep.bench.contender import Round
+from lockstep.bench.contender import Contender, Round
 from lockstep.bench.figures import Figure
 from lockstep.bench.report import Report, figure_table
+from lockstep.bench.workload import Job
 from lockstep.core.output import ModelCard
 
 Rounds = Mapping[str, Sequence[Round]]
 """Contender -> its rounds. The n-th rounds of all contenders answered the same jobs."""
+
+
+def in_turn(
+    contenders: Sequence[Contender], batches: Iterable[Sequence[Job]], title: str
+) -> Iterator[tuple[Contender, Sequence[Job]]]:
+    """Each contender with each batch, A B A B; stderr says where it is, by a title that may hold {number}."""
+    for number, jobs in enumerate(batches, 1):
+        for contender in contenders:
+            print(f"{title.format(number=number)}: {contender.name}", file=sys.stderr, flush=True)
+            yield contender, jobs
 
 
 def per_round(rounds: Rounds, value: Callable[[Round], float]) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from lockstep.bench.comparison import Rounds, decode_rates, per_round, report_of
+from lockstep.bench.comparison import Rounds, decode_rates, in_turn, per_round, report_of
 from lockstep.bench.contender import Contender, Round
 from lockstep.bench.contenders import open_contenders
 from lockstep.bench.figures import Figure, percentile
@@ -52,12 +52,13 @@ def main(
         card = contenders[0].card
         batches = asked.batches(card.vocab_size)
         warm_up = next(batches)
-        for contender in contenders:
-            _Taken().measure(contender, warm_up)
+        for contender, jobs in in_turn(contenders, [warm_up], "warming up"):
+            _Taken().measure(contender, jobs)
         taken = {contender.name: _Taken() for contender in contenders}
-        for jobs in islice(batches, repeats):
-            for contender in contenders:
-                taken[contender.name].measure(contender, jobs)
+        for contender, jobs in in_turn(
+            contenders, islice(batches, repeats), "round {number} of " + str(repeats)
+        ):
+            taken[contender.name].measure(contender, jobs)
     rounds = {name: found.rounds for name, found in taken.items()}
     figures = _figures(rounds, taken["lockstep"].again, input_tokens)
     report = report_of("latency", rounds, figures, machine=machine, card=card, workload=asked.describe())

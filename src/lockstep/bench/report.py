@@ -72,7 +72,12 @@ class Report:
             table.add_column(title, justify="left" if position == 0 else "right")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
-        console.print(table)
+        if console.is_terminal:
+            console.print(table)
+        else:
+            with console.capture() as captured:
+                console.print(table)
+            print(*(line.rstrip() for line in captured.get().splitlines() if line.strip()), sep="\n")
         for line in [*self.notes, *describe(self.machine), command_line()]:
             console.print(Text(line, style="dim"), soft_wrap=True)
         if was_busy(self.machine):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from lockstep.bench.comparison import Rounds, decode_rates, per_round, report_of
+from lockstep.bench.comparison import Rounds, decode_rates, in_turn, per_round, report_of
 from lockstep.bench.contender import Round
 from lockstep.bench.contenders import open_contenders
 from lockstep.bench.figures import Figure
@@ -43,12 +43,13 @@ def main(
         card = contenders[0].card
         batches = asked.batches(card.vocab_size)
         warm_up = [replace(job, max_tokens=min(job.max_tokens, WARM_UP_TOKENS)) for job in next(batches)]
-        for contender in contenders:
-            contender.run(warm_up)
+        for contender, jobs in in_turn(contenders, [warm_up], "warming up"):
+            contender.run(jobs)
         rounds: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
-        for jobs in islice(batches, repeats):
-            for contender in contenders:
-                rounds[contender.name].append(contender.run(jobs))
+        for contender, jobs in in_turn(
+            contenders, islice(batches, repeats), "round {number} of " + str(repeats)
+        ):
+            rounds[contender.name].append(contender.run(jobs))
     report = report_of(
         "throughput", rounds, _figures(rounds), machine=machine, card=card, workload=asked.describe()
     )

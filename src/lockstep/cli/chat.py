@@ -14,7 +14,7 @@ import click
 from lockstep.cli.answer import Answer, note
 from lockstep.cli.opening import open_llm, require_chat_template
 from lockstep.cli.options import SectionedCommand, engine_options, section
-from lockstep.cli.sampling import sampling_options, started
+from lockstep.cli.sampling import require_text, sampling_options, started
 from lockstep.config import Given
 from lockstep.core.errors import InvalidRequest, nearest
 from lockstep.core.sampling import SamplingParams
@@ -63,7 +63,12 @@ class Conversation:
                 if not self._obey(line):
                     return
             elif line:
-                self._answer(line)
+                try:
+                    require_text(line)
+                except click.UsageError as error:
+                    note(str(error))
+                else:
+                    self._answer(line)
 
     def _obey(self, line: str) -> bool:
         """Runs one slash command; False when it ends the conversation."""

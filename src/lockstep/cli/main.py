@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -76,6 +77,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         return usage_text(error), BAD_USAGE
     if isinstance(error, click.ClickException):
         return error.format_message(), BAD_USAGE
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the output cannot be written: {error.strerror}", FAILED
     if isinstance(error, LockstepError):
         failed = isinstance(error, (EngineDead, IntegrityError, PlacementError))
         return str(error), FAILED if failed else BAD_USAGE

@@ -12,7 +12,7 @@ import click
 from lockstep.cli.answer import Answer, note
 from lockstep.cli.opening import open_llm, require_chat_template
 from lockstep.cli.options import SectionedCommand, engine_options, section
-from lockstep.cli.sampling import sampling_options, started
+from lockstep.cli.sampling import require_text, sampling_options, started
 from lockstep.config import Given
 from lockstep.core.clock import SystemClock
 from lockstep.core.sampling import SamplingParams
@@ -51,6 +51,7 @@ def command(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise click.UsageError("the prompt is empty" if prompt != "-" else "standard input holds no prompt")
+    require_text(text + (system or ""))
     clock = SystemClock()
     begin_s = clock.now_s()
     with open_llm(options) as llm:

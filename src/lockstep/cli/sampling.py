@@ -132,3 +132,11 @@ def _text_of(path: Path, name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise click.UsageError(f"--{name.replace('_', '-')} {path} cannot be read: {error}") from None
+
+
+def require_text(text: str) -> None:
+    """Raises UsageError for what was typed or read as bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError("the prompt is not valid UTF-8") from None

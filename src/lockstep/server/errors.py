@@ -150,13 +150,22 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
             f"no such path: {request.url.path}{_nearest_path(request.url.path, request.app.openapi()['paths'])}"
         )
     elif error.status_code == 400:
-        message = "the body is not JSON in UTF-8, or it is nested too deeply"
+        message = _why_not_read(error.__cause__ or error.__context__)
     elif error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         message = f"{request.url.path} does not take {request.method}; use {allowed}"
     else:
         message = str(error.detail) or http.HTTPStatus(error.status_code).phrase
     return http_error_response(error.status_code, message, error.headers)
+
+
+def _why_not_read(cause: BaseException | None) -> str:
+    """What a body is that is neither JSON nor a mistake in JSON."""
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8: byte {cause.start} begins no character"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply"
+    return "the body is not JSON in UTF-8, or it is nested too deeply"
 
 
 def _nearest_path(path: str, known: Iterable[str]) -> str:

@@ -42,6 +42,8 @@ def plan_shape(body: CompletionRequest) -> CompletionShape:
     num_candidates = num_choices if body.best_of is None else body.best_of
     if body.suffix:
         raise InvalidRequest("suffix is not supported: models served here only continue text", param="suffix")
+    if body.max_tokens is not None and body.max_tokens < 0:
+        raise InvalidRequest(f"max_tokens must be at least 0, not {body.max_tokens}", param="max_tokens")
     if num_choices < 1:
         raise InvalidRequest(f"n takes numbers from 1, not {num_choices}", param="n")
     if num_candidates < num_choices:
