@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper_card import hopper
 
-from lockstep.core.capabilities import Capabilities
 from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import kernels
@@ -19,14 +19,7 @@ from lockstep.ops.selection import KernelSelector
 pytestmark = pytest.mark.suite("cpu")
 
 CPU = torch.device("cpu")
-H100 = Capabilities(
-    platform="cuda",
-    device_type="cuda",
-    device_name="a Hopper",
-    num_devices=1,
-    memory_bytes=1 << 36,
-    features=frozenset({"sm_90", "triton", "cuda_bindings"}),
-)
+H100 = hopper("sm_90", "triton", "cuda_bindings")
 
 
 def wait() -> None:

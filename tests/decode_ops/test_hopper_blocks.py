@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper_card import hopper
 
-from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import KernelError
 from lockstep.ops.linear.hopper_blocks import (
     COPY_REGISTERS,
@@ -90,17 +90,6 @@ def test_parts_of_sums_that_do_not_fit_are_no_way() -> None:
     assert block_in(256, 4096, Way(3, 1)) is not None
     assert block_in(256, 4096, Way(4, 4)) is None
     assert block_in(256, 4096, Way(1, 3)) is None, "288 rows are too many for one instruction"
-
-
-def hopper(*features: str) -> Capabilities:
-    return Capabilities(
-        platform="cuda",
-        device_type="cuda",
-        device_name="a Hopper",
-        num_devices=1,
-        memory_bytes=1 << 36,
-        features=frozenset(features),
-    )
 
 
 def test_a_hopper_without_the_bindings_gets_tritons_kernel() -> None:

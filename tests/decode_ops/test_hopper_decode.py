@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hopper_card import hopper
 
-from lockstep.core.capabilities import Capabilities
 from lockstep.ops.norm_rope_attention_decode.hopper_blocks import DecodeBlock, block_of, shared_bytes
 from lockstep.ops.registry import kernels
 
@@ -70,14 +70,7 @@ def test_what_it_does_not_serve_has_a_reason(change: dict[str, object], reason: 
 def test_without_the_bindings_there_is_no_such_kernel() -> None:
     from lockstep.ops.selection import KernelSelector
 
-    capabilities = Capabilities(
-        platform="cuda",
-        device_type="cuda",
-        device_name="a Hopper",
-        num_devices=1,
-        memory_bytes=1 << 36,
-        features=frozenset({"sm_90", "triton"}),
-    )
+    capabilities = hopper("sm_90", "triton")
     selector = KernelSelector(capabilities, ("cuda", "triton", "torch"))
     assert selector.bind_fused("norm_rope_attention_decode", "here", SIGNATURE) is None
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hopper_card import hopper
 
-from lockstep.core.capabilities import Capabilities
 from lockstep.ops.fused_moe.hopper_down_blocks import DownBlock, DownShape, block_of, shared_bytes
 from lockstep.ops.grouped_gemm.tiles import Tile
 from lockstep.ops.selection import KernelSelector
@@ -70,17 +70,6 @@ def test_what_was_measured_is_what_is_bound() -> None:
 )
 def test_what_does_not_fit_is_left_to_others(num_tokens: int, shape: DownShape) -> None:
     assert block_of(num_tokens, shape) is None
-
-
-def hopper(*features: str) -> Capabilities:
-    return Capabilities(
-        platform="cuda",
-        device_type="cuda",
-        device_name="a Hopper",
-        num_devices=1,
-        memory_bytes=1 << 36,
-        features=frozenset(features),
-    )
 
 
 SIGNATURE = {"dtype": torch.bfloat16, "experts": 128, "top_k": 8, "width": 2048, "inner": 768}

@@ -12,10 +12,8 @@ from typing import Any
 
 from lockstep.bench.figures import Figure, Spread
 from lockstep.bench.fingerprint import describe, was_busy
+from lockstep.bench.tables import console, new_table, show
 from lockstep.core.errors import ConfigError
-
-PIPED_WIDTH = 140
-"""Columns of a table that is not written to a terminal."""
 
 
 @dataclass(kw_only=True)
@@ -58,31 +56,21 @@ class Report:
         }
 
     def _print(self) -> None:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
         from rich.text import Text
 
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(width=PIPED_WIDTH, highlight=False)
-        console.print(Text(self._title(), style="bold"), soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        out = console()
+        out.print(Text(self._title(), style="bold"), soft_wrap=True)
+        table = new_table()
         for position, title in enumerate(self.columns):
             table.add_column(title, justify="left" if position == 0 else "right")
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
-        if console.is_terminal:
-            console.print(table)
-        else:
-            with console.capture() as captured:
-                console.print(table)
-            print(*(line.rstrip() for line in captured.get().splitlines() if line.strip()), sep="\n")
+        show(table, out)
         for line in [*self.notes, *describe(self.machine), command_line()]:
-            console.print(Text(line, style="dim"), soft_wrap=True)
+            out.print(Text(line, style="dim"), soft_wrap=True)
         if was_busy(self.machine):
             text = f"the machine was not quiet: load {self.machine['load_average']:.2f} before the measure"
-            console.print(Text(text, style="yellow"), soft_wrap=True)
+            out.print(Text(text, style="yellow"), soft_wrap=True)
 
     def _title(self) -> str:
         subject = ", ".join(str(self.model[key]) for key in ("name", "dtype") if key in self.model)

@@ -27,7 +27,7 @@ _STAGES = 3
 _TOKENS_OF_ONE_ROUND = 2
 """With more, small blocks were better, of which several share a multiprocessor."""
 
-FEW_TOKENS = 4
+FEW_TOKENS = _TOKENS_OF_ONE_ROUND + 1
 """More have the blocks of so many."""
 
 _ALIGNED = 8
