@@ -79,6 +79,16 @@ def test_a_run_shows_files_and_writes_reports(root: Path, capsys: pytest.Capture
     assert report["machine"]["python"]
 
 
+@pytest.mark.parametrize("option", [(), ("-k", "bb")])
+def test_without_pytest_one_line_says_what_to_install(
+    root: Path, option: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    code, shown, said = run(capsys, "run", "--suite", "cpu", *option)
+    assert (code, shown) == (2, "")
+    assert said == 'error: running suites needs pytest: pip install -e ".[test]"\n'
+
+
 def test_a_failed_run_shows_why(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = 'import pytest\npytestmark = pytest.mark.suite("cpu")\ndef test_a():\n    print("seed 7")\n    assert 1 == 2'
     (root / "tests" / "test_a.py").write_text(text)

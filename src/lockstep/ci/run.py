@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,11 @@ class Show(Protocol):
 def run(registry: Registry, options: RunOptions, show: Show) -> RunReport:
     """Runs suites, writes the reports into the report folder and, if asked, the durations into the project.
 
-    Raises RegistryError when a test belongs nowhere, ConfigError for an unknown suite or part, a wrong filter, or a
-    report folder that cannot be written. An interrupt (KeyboardInterrupt) is raised once the reports are written.
+    Raises RegistryError when a test belongs nowhere, ConfigError for an unknown suite or part, a wrong filter, a report
+    folder that cannot be written, or where there is no pytest. An interrupt (KeyboardInterrupt) is raised once the reports are written.
     """
+    if importlib.util.find_spec("pytest") is None:
+        raise ConfigError('running suites needs pytest: pip install -e ".[test]"')
     if options.update_durations and options.keyword is not None:
         raise ConfigError("--update-durations measures whole files; leave out -k")
     if options.keyword is not None:
