@@ -59,7 +59,8 @@ def run(registry: Registry, options: RunOptions, show: Show) -> RunReport:
     """Runs suites, writes the reports into the report folder and, if asked, the durations into the project.
 
     Raises RegistryError when a test belongs nowhere, ConfigError for an unknown suite or part, a wrong filter, a report
-    folder that cannot be written, or where there is no pytest. An interrupt (KeyboardInterrupt) is raised once the reports are written.
+    folder that cannot be written, or where there is no pytest. An interrupt (KeyboardInterrupt) is raised once the
+    reports are written.
     """
     if importlib.util.find_spec("pytest") is None:
         raise ConfigError('running suites needs pytest: pip install -e ".[test]"')
