@@ -20,6 +20,7 @@ from lockstep.core.errors import KernelError
 from lockstep.kv.pool.pool import LayerKV
 from lockstep.ops import selection
 from lockstep.ops.attention_extend.cases import Layer
+from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.norm_rope_store.reference import norm_rope_store
 from lockstep.ops.registry import kernels
@@ -192,3 +193,20 @@ def test_which_kernel_is_bound(
     assert isinstance(backend, PagedBackend)
     plan = backend.plan([Span(3, 1, [0])], page_size=16, windows=(0,), device=HOST)
     assert backend.takes_fresh(plan) is (bound == ["together"])
+
+
+class _Noting(BackgroundCompiler):
+    """Notes what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[str, str]] = []
+
+    def add(self, kernel: Kernel, signature: Signature) -> None:
+        self.given.append((kernel.op, kernel.provider))
+
+
+def test_what_is_bound_is_compiled_in_the_background(together_here: None) -> None:
+    signature = Layer(4, 2).signature(torch.bfloat16)
+    fresh, noting = {**signature, "weight_dtype": None}, _Noting()
+    choose_backend("auto", GPU, ("triton",), signature, fresh_signature=fresh, background=noting)
+    assert (OP, "together") in noting.given

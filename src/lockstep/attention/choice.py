@@ -15,6 +15,7 @@ from lockstep.attention.table_parts import DecodeTables, ExtendTables
 from lockstep.attention.torch_backend import TorchBackend
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, nearest
+from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import kernels
 from lockstep.ops.selection import Binding, KernelSelector, unmet_need
@@ -45,6 +46,7 @@ def choose_backend(
     compile_ahead: bool = False,
     fresh_signature: Signature | None = None,
     measured_in: Path | None = None,
+    background: BackgroundCompiler | None = None,
     selector: type[KernelSelector] = KernelSelector,
 ) -> tuple[AttentionBackend, tuple[Binding, ...]]:
     """The backend of the named provider, or with "auto" of the best ones; and what was bound, why. Where decoding
@@ -53,9 +55,10 @@ def choose_backend(
 
     `preference`, `forced` and `strict` are KernelSelector's; `extend_preference` orders the providers of
     attention_extend where its best are others. With `compile_ahead`, a kernel that would serve if it were compiled is
-    compiled first, for minutes, once for a machine; where it cannot be, it says so. `measured_in` is KernelSelector's,
-    for what is bound beside decoding. `selector` binds, as it does the other operators. Raises ConfigError for an
-    unknown name or when the named provider refuses, KernelError as KernelSelector does.
+    compiled first, for minutes, once for a machine; where it cannot be, it says so. `measured_in` and `background`
+    are KernelSelector's, for what is bound beside decoding. `selector` binds, as it does the other
+    operators. Raises ConfigError for an unknown name or when the named provider refuses, KernelError as KernelSelector
+    does.
     """
     named = name != "auto"
     if named:
@@ -76,7 +79,14 @@ def choose_backend(
     own_part = _PARTS.get((decode.op, decode.provider))
     if own_part is None:
         order = orders[0][1]
-        choosing = selector(capabilities, order, only=named, forced=forced, measured_in=measured_in)
+        choosing = selector(
+            capabilities,
+            order,
+            only=named,
+            forced=forced,
+            measured_in=measured_in,
+            background=background,
+        )
         shared = choosing.bind_fused(_SHARED, "every layer", signature)
         fresh = choosing.bind_fused(_FRESH, "every layer", fresh_signature) if fresh_signature else None
         bindings += choosing.bindings

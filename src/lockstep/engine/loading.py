@@ -259,6 +259,7 @@ def bind_attention(
         compile_ahead=compile_ahead,
         fresh_signature=build.fresh_signature,
         measured_in=config.kernels.measured_in,
+        background=build.kernels.background,
         selector=type(build.kernels),
     )
 

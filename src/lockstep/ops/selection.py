@@ -63,7 +63,7 @@ class KernelSelector:
         background: BackgroundCompiler | None = None,
     ) -> None:
         self._capabilities = capabilities
-        self._background = background
+        self.background = background
         self._measured_in = measured_in
         self._preference = preference if "reference" in preference else (*preference, "reference")
         self._only = only
@@ -120,8 +120,8 @@ class KernelSelector:
         if self._measured_in is not None and binding.kernel.with_measured is not None:
             function = binding.kernel.with_measured(self._measured_in)
             binding = replace(binding, kernel=replace(binding.kernel, function=function))
-        if self._background is not None:
-            self._background.add(binding.kernel, binding.signature)
+        if self.background is not None:
+            self.background.add(binding.kernel, binding.signature)
         self.bindings.append(binding)
         return binding
 
