@@ -31,6 +31,7 @@ from lockstep.ops.attention_extend.kernels import cudnn, flashinfer
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import contracts, kernels
+from lockstep.platforms.cuda import CudaPlatform
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -42,7 +43,7 @@ HOPPER = Capabilities(
     has_triton=True,
 )
 PLAIN = Layer(32, 8, 128).signature(torch.bfloat16)
-PREFERENCE, EXTEND_PREFERENCE = ("triton", "flashinfer", "torch"), ("flashinfer", "cudnn", "triton", "torch")
+PREFERENCE, EXTEND_PREFERENCE = ("triton", "flashinfer", "torch"), CudaPlatform.extend_preference
 HOST = torch.device("cpu")
 
 

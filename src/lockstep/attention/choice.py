@@ -55,10 +55,9 @@ def choose_backend(
 
     `preference`, `forced` and `strict` are KernelSelector's; `extend_preference` orders the providers of
     attention_extend where its best are others. With `compile_ahead`, a kernel that would serve if it were compiled is
-    compiled first, for minutes, once for a machine; where it cannot be, it says so. `measured_in` and `background`
-    are KernelSelector's, for what is bound beside decoding. `selector` binds, as it does the other
-    operators. Raises ConfigError for an unknown name or when the named provider refuses, KernelError as KernelSelector
-    does.
+    compiled first, for minutes, once for a machine; where it cannot be, it says so. `measured_in` and `background` are
+    KernelSelector's, for what is bound beside decoding. `selector` binds, as it does the other operators. Raises
+    ConfigError for an unknown name or when the named provider refuses, KernelError as KernelSelector does.
     """
     named = name != "auto"
     if named:
