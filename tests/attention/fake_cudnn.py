@@ -30,7 +30,7 @@ class FakeTensor:
 
 
 class FakeGraph:
-    """One attention over pages in the ragged layout, with a bottom-right mask; any other use is refused."""
+    """Attention of single rows over pages in the ragged layout, with a bottom-right mask; other uses are refused."""
 
     num_built = 0
 
@@ -63,7 +63,7 @@ class FakeGraph:
         pools = [told[name].read(values) for name in ("k", "v")]
         places = [each.told["ragged_offset"].read(values).flatten().tolist() for each in (told["q"], self._out)]
         for index, (num_rows, num_keys) in enumerate(zip(rows, keys, strict=True)):
-            assert 0 <= num_rows <= told["q"].told["dim"][2] and num_keys > 0
+            assert 0 <= num_rows <= told["q"].told["dim"][2] == 1 and num_keys > 0
             seen = [
                 pool[table[index].long()].transpose(0, 1).flatten(1, 2)[:, :num_keys]
                 for pool, table in zip(pools, tables, strict=True)

@@ -24,6 +24,7 @@ from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.norm_rope_store.reference import norm_rope_store
 from lockstep.ops.registry import kernels
+from lockstep.ops.selection import KernelSelector
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -188,7 +189,13 @@ def test_which_kernel_is_bound(
 ) -> None:
     signature = layer.signature(torch.bfloat16)
     given = {"name": "auto", "fresh_signature": {**signature, "weight_dtype": None}, **options}
-    backend, bindings = choose_backend(given.pop("name"), GPU, ("triton",), signature, **given)
+    backend, bindings = choose_backend(
+        given.pop("name"),
+        KernelSelector(GPU, ("triton",), forced=given.pop("forced", None)),
+        ("triton",),
+        signature,
+        **given,
+    )
     assert [each.kernel.provider for each in bindings if each.op == OP] == bound
     assert isinstance(backend, PagedBackend)
     plan = backend.plan([Span(3, 1, [0])], page_size=16, windows=(0,), device=HOST)
@@ -208,5 +215,6 @@ class _Noting(BackgroundCompiler):
 def test_what_is_bound_is_compiled_in_the_background(together_here: None) -> None:
     signature = Layer(4, 2).signature(torch.bfloat16)
     fresh, noting = {**signature, "weight_dtype": None}, _Noting()
-    choose_backend("auto", GPU, ("triton",), signature, fresh_signature=fresh, background=noting)
+    selector = KernelSelector(GPU, ("triton",), background=noting)
+    choose_backend("auto", selector, ("triton",), signature, fresh_signature=fresh)
     assert (OP, "together") in noting.given

@@ -18,19 +18,21 @@ from backend_kernels import backend_kernel
 
 from lockstep.attention.backend import AttentionSpec, Span
 from lockstep.attention.choice import OPERATORS, choose_backend
-from lockstep.attention.cudnn_parts import CudnnPart
+from lockstep.attention.cudnn_part import CudnnDecode
 from lockstep.attention.flashinfer_parts import FlashInferDecode, FlashInferExtend
 from lockstep.attention.paged_backend import PagedBackend
 from lockstep.attention.table_parts import ExtendTables
 from lockstep.core.capabilities import Capabilities
 from lockstep.core.errors import ConfigError, KernelError
 from lockstep.kv.pool.pool import LayerKV
+from lockstep.ops.attention_decode.kernels import cudnn
 from lockstep.ops.attention_decode.kernels import flashinfer as decode_flashinfer
 from lockstep.ops.attention_extend.cases import Layer, paged_inputs
-from lockstep.ops.attention_extend.kernels import cudnn, flashinfer
+from lockstep.ops.attention_extend.kernels import flashinfer
 from lockstep.ops.check import check_kernel
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import contracts, kernels
+from lockstep.ops.selection import KernelSelector
 from lockstep.platforms.cuda import CudaPlatform
 
 pytestmark = pytest.mark.suite("cpu")
@@ -49,6 +51,9 @@ HOST = torch.device("cpu")
 
 def kernel(op: str, provider: str) -> Kernel:
     return next(each for each in kernels(op) if each.provider == provider)
+
+
+REFERENCE = kernel("attention_extend", "reference")
 
 
 def refuses_extras(signature: Signature) -> str | None:
@@ -120,11 +125,8 @@ def test_flashinfer_is_asked_for_what_the_contract_says(
     assert_meets_contract(kernel(op, "flashinfer"), seed)
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_cudnn_is_asked_for_what_the_contract_says(
-    op: str, graphs: type[fake_cudnn.FakeGraph], seed: int
-) -> None:
-    assert_meets_contract(kernel(op, "cudnn"), seed)
+def test_cudnn_is_asked_for_what_the_contract_says(graphs: type[fake_cudnn.FakeGraph], seed: int) -> None:
+    assert_meets_contract(kernel("attention_decode", "cudnn"), seed)
 
 
 def flashinfer_backend() -> PagedBackend:
@@ -133,13 +135,11 @@ def flashinfer_backend() -> PagedBackend:
 
 
 def cudnn_backend() -> PagedBackend:
-    decode, extend = (kernel(op, "cudnn") for op in OPERATORS)
-    return PagedBackend(CudnnPart(decode), CudnnPart(extend))
+    return PagedBackend(CudnnDecode(kernel("attention_decode", "cudnn")), ExtendTables(REFERENCE))
 
 
 def mixed_backend() -> PagedBackend:
-    extend = kernel("attention_extend", "reference")
-    return PagedBackend(FlashInferDecode(kernel("attention_decode", "flashinfer")), ExtendTables(extend))
+    return PagedBackend(FlashInferDecode(kernel("attention_decode", "flashinfer")), ExtendTables(REFERENCE))
 
 
 @pytest.mark.parametrize("make", [flashinfer_backend, cudnn_backend, mixed_backend])
@@ -149,7 +149,7 @@ def test_backends_meet_the_contract(
     graphs: type[fake_cudnn.FakeGraph],
     seed: int,
 ) -> None:
-    planned_by = replace(kernel("attention_extend", "reference"), refuses=refuses_extras)
+    planned_by = replace(REFERENCE, refuses=refuses_extras)
     assert_meets_contract(backend_kernel(make(), planned_by), seed)
 
 
@@ -174,9 +174,6 @@ def expected(q: torch.Tensor, kv: LayerKV, spans: list[Span], spec: AttentionSpe
     backend = PagedBackend(ExtendTables(REFERENCE), ExtendTables(REFERENCE))
     plan = backend.plan(spans, page_size=kv.k_NPSH.shape[2], windows=(), device=HOST)
     return backend.run(plan, q, kv, spec)
-
-
-REFERENCE = kernel("attention_extend", "reference")
 
 
 def test_layers_of_a_kind_share_a_plan(jit: fake_flashinfer.FakeJit, seed: int) -> None:
@@ -221,7 +218,8 @@ def test_cudnn_takes_no_graphs_and_makes_few_of_its_own(graphs: type[fake_cudnn.
     with pytest.raises(KernelError, match="no plan can be fixed: attention by cudnn"):
         backend.fixed_plan(torch.zeros(1, dtype=torch.int32), num_pages=1, page_size=16)
     pools = None
-    for lengths, num_built in ((((20, 20), (40, 90)), 1), (((33, 100), (64, 64), (2, 9)), 1), (((65, 70),), 2)):
+    for keys, num_built in (((20, 90, 1), 1), ((100, 64), 1), ((70,), 2), ((3, 250, 256, 7), 2), ((257,), 3)):
+        lengths = tuple((1, num_keys) for num_keys in keys)
         q, kv, spans = step(lengths, layer, seed, dtype=torch.bfloat16)
         # One pool, as an engine has: a graph is made for it.
         pools = pools or LayerKV(*(torch.zeros(2, 64, 16, 32, dtype=q.dtype) for _ in range(2)))
@@ -235,9 +233,9 @@ def test_cudnn_takes_no_graphs_and_makes_few_of_its_own(graphs: type[fake_cudnn.
 
 def choose(name: str = "auto", **options: Any) -> tuple[list[str], str]:
     """Providers of decoding and extending, and why the best one for extending was refused."""
-    _, bindings = choose_backend(
-        name, HOPPER, PREFERENCE, PLAIN, extend_preference=EXTEND_PREFERENCE, compile_ahead=True, **options
-    )
+    selector = KernelSelector(HOPPER, ("reference",), **options)
+    order = {"extend_preference": EXTEND_PREFERENCE, "compile_ahead": True}
+    _, bindings = choose_backend(name, selector, PREFERENCE, PLAIN, **order)
     refused = bindings[1].refused
     return [each.kernel.provider for each in bindings[:2]], refused[0][1] if refused else ""
 
@@ -251,6 +249,19 @@ def test_each_operator_has_its_own_best(jit: fake_flashinfer.FakeJit) -> None:
     assert [name.partition("_")[0] for name in jit.built] == ["fa3", "decode"]
 
 
+def test_a_provider_of_one_operator_leaves_the_other_to_the_best(
+    jit: fake_flashinfer.FakeJit, graphs: type[fake_cudnn.FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN only decodes; whoever asks for it by name is told where it cannot."""
+    with pytest.raises(ConfigError, match=r"--attention-backend cudnn cannot be used: .* is not installed"):
+        choose("cudnn")
+    pretend_installed(monkeypatch, "flashinfer", "cudnn")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert choose("cudnn") == (["cudnn", "flashinfer"], "")
+    assert choose("cudnn", strict=True) == (["cudnn", "flashinfer"], "")
+    assert choose("cudnn", forced={"attention_extend": "torch"})[0] == ["cudnn", "torch"]
+
+
 def test_layers_with_and_without_a_window_are_both_compiled(jit: fake_flashinfer.FakeJit) -> None:
     flashinfer.compile_ahead({**PLAIN, "window": 512})
     assert [name.endswith("True_False_False") for name in jit.built] == [False, True]
@@ -259,7 +270,8 @@ def test_layers_with_and_without_a_window_are_both_compiled(jit: fake_flashinfer
 
 
 def test_explaining_compiles_nothing(jit: fake_flashinfer.FakeJit) -> None:
-    _, bindings = choose_backend("auto", HOPPER, PREFERENCE, PLAIN, extend_preference=EXTEND_PREFERENCE)
+    selector = KernelSelector(HOPPER, ("reference",))
+    _, bindings = choose_backend("auto", selector, PREFERENCE, PLAIN, extend_preference=EXTEND_PREFERENCE)
     assert not jit.built and bindings[1].kernel.provider == "triton"
     assert "not compiled yet: loading a model compiles it" in bindings[1].refused[0][1]
 
@@ -302,5 +314,7 @@ def test_a_failed_compilation_is_a_refusal(jit: fake_flashinfer.FakeJit) -> None
 )
 def test_what_is_refused(provider: str, change: Signature, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for op in OPERATORS:
-        assert says in str(kernel(op, provider).refuses({**PLAIN, **change}))
+    by_provider = [each for op in OPERATORS for each in kernels(op) if each.provider == provider]
+    assert len(by_provider) == (1 if provider == "cudnn" else 2)
+    for each in by_provider:
+        assert says in str(each.refuses({**PLAIN, **change}))

@@ -25,6 +25,7 @@ from lockstep.ops.attention_decode_shared.tiles import ROWS
 from lockstep.ops.attention_extend.cases import Layer
 from lockstep.ops.contract import Kernel
 from lockstep.ops.registry import kernels
+from lockstep.ops.selection import KernelSelector
 
 pytestmark = pytest.mark.suite("cpu")
 
@@ -255,7 +256,9 @@ GPU = Capabilities(
     ids=["bound", "a window", "turned off", "a part is forced"],
 )
 def test_which_kernel_is_bound(layer: Layer, forced: dict[str, str], bound: str) -> None:
-    backend, bindings = choose_backend("auto", GPU, ("triton",), layer.signature(torch.bfloat16), forced=forced)
+    backend, bindings = choose_backend(
+        "auto", KernelSelector(GPU, ("triton",), forced=forced), ("triton",), layer.signature(torch.bfloat16)
+    )
     assert [each.kernel.provider for each in bindings if each.op == "attention_decode_shared"] == [bound]
     assert isinstance(backend, PagedBackend)
     spans = step()[2]

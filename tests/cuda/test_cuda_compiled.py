@@ -69,11 +69,10 @@ class Step:
         preference, signature = platform.attention_preference, self.build.attention_signature
         self.attention, self.attends = choose_backend(
             "auto",
-            capabilities,
+            kernels,
             preference,
             signature,
             fresh_signature=self.build.fresh_signature if fresh else None,
-            selector=selector,
         )
         assert isinstance(self.attention, PagedBackend) and self.attention.why_no_graphs is None
         self.pool = KVPool(

@@ -85,9 +85,7 @@ class Built:
         model = model_class(config).make(build, config)
         preference, fresh = attends_by or platform.attention_preference, build.fresh_signature
         signature = build.attention_signature
-        backend, attends = choose_backend(
-            "auto", capabilities, preference, signature, fresh_signature=fresh, selector=selector
-        )
+        backend, attends = choose_backend("auto", kernels, preference, signature, fresh_signature=fresh)
         return cls(model, build, backend, attends)
 
     @property

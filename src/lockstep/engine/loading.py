@@ -250,17 +250,12 @@ def bind_attention(
     """
     return choose_backend(
         config.kernels.attention_backend or "auto",
-        platform.capabilities(),
+        build.kernels,
         platform.attention_preference,
         build.attention_signature,
         extend_preference=platform.extend_preference,
-        forced=config.kernels.forced,
-        strict=config.kernels.strict_kernels,
         compile_ahead=compile_ahead,
         fresh_signature=build.fresh_signature,
-        measured_in=config.kernels.measured_in,
-        background=build.kernels.background,
-        selector=type(build.kernels),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,14 +64,35 @@ class KernelSelector:
         background: BackgroundCompiler | None = None,
     ) -> None:
         self._capabilities = capabilities
-        self.background = background
+        self._background = background
         self._measured_in = measured_in
-        self._preference = preference if "reference" in preference else (*preference, "reference")
-        self._only = only
+        self._preference = _with_reference(preference)
+        self.only = only
         self._forced = dict(forced or {})
         self._strict = strict
         self.bindings: list[Binding] = []
         check_forced(self._forced)
+
+    def ordered(self, preference: tuple[str, ...], *, only: bool = False) -> KernelSelector:
+        """A selector that prefers other providers and has no bindings yet; all else is as here. With `only`, where
+        its caller is to refuse a fallback, none is an error."""
+        other = copy.copy(self)
+        other._preference, other.only = _with_reference(preference), only
+        other._strict = self._strict and not only
+        other.bindings = []
+        return other
+
+    def compile_first(self, op: str, signature: Signature) -> None:
+        """Compiles what kernels lack until one accepts: that one, or a forced one, will be bound."""
+        provider = self._forced.get(op) or self._forced.get("*")
+        forced = [kernel for kernel in kernels(op) if kernel.provider == provider]
+        for kernel in forced or self._in_order(op):
+            if unmet_need(kernel, self._capabilities) is not None:
+                continue
+            if kernel.compile_ahead is not None:
+                kernel.compile_ahead(signature)
+            if kernel.refuses(signature) is None:
+                return
 
     def bind(self, op: str, where: str, signature: Signature) -> Binding:
         """The kernel for this call site. Raises KernelError when none accepts, or a forced one refuses."""
@@ -120,8 +142,8 @@ class KernelSelector:
         if self._measured_in is not None and binding.kernel.with_measured is not None:
             function = binding.kernel.with_measured(self._measured_in)
             binding = replace(binding, kernel=replace(binding.kernel, function=function))
-        if self.background is not None:
-            self.background.add(binding.kernel, binding.signature)
+        if self._background is not None:
+            self._background.add(binding.kernel, binding.signature)
         self.bindings.append(binding)
         return binding
 
@@ -135,7 +157,7 @@ class KernelSelector:
         """Kernels of the preference, best first."""
         by_provider = {kernel.provider: kernel for kernel in kernels(op)}
         order = list(self._preference)
-        if not self._only:
+        if not self.only:
             first_portable = next(at for at, provider in enumerate(order) if provider in PORTABLE)
             order[first_portable:first_portable] = [
                 provider
@@ -229,6 +251,10 @@ def require_served(forced: Mapping[str, str], bindings: Iterable[Binding]) -> No
             f"--force-kernel {op}={provider} would change nothing: this model has {what} of its own "
             f"(it has {present})"
         )
+
+
+def _with_reference(preference: tuple[str, ...]) -> tuple[str, ...]:
+    return preference if "reference" in preference else (*preference, "reference")
 
 
 def _provider(kernel: Kernel) -> str:

@@ -22,10 +22,10 @@ class CudaPlatform(TorchAccelerator):
     kernel_preference = ("cublas", "cudnn", "flashinfer", "cuda", "triton", "torch", "reference")
     # Measured on one H100 80GB (docs/performance.md). Decoding, all are within a tenth of each other and of the
     # memory's speed where it matters; Triton reads lengths on the device, FlashInfer plans on the host before each
-    # step. Extending, FlashInfer's FA3 reaches 470 to 557 TFLOP/s and cuDNN 455 to 572, Triton 357. cuDNN
-    # multiplies values behind a sequence's keys by zero, so a NaN that was left there shows: who wants it asks for it.
+    # step. Extending, FlashInfer's FA3 reaches 470 to 557 TFLOP/s, Triton 357. cuDNN's 455 to 572 do not meet the
+    # contract: it multiplies values behind a sequence's keys by zero, so a NaN that was left there shows.
     attention_preference = ("triton", "flashinfer", "cudnn", "torch")
-    extend_preference = ("flashinfer", "triton", "cudnn", "torch")
+    extend_preference = ("flashinfer", "triton", "torch")
 
     def unavailable_reason(self) -> str | None:
         import torch

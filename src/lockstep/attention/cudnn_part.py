@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, with tables and lengths written once a step for all layers."""
+"""cuDNN's fused attention of single tokens, with tables and lengths written once a step for all layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lockstep.attention.backend import AttentionSpec, Span
 from lockstep.attention.part import AttentionPart, owned_pages
 from lockstep.attention.spans import Spans
 from lockstep.kv.pool.pool import LayerKV
-from lockstep.ops.attention_extend.kernels.cudnn import AttentionCalls, SequenceTables
+from lockstep.ops.attention_decode.kernels.cudnn import AttentionCalls, SequenceTables
 from lockstep.ops.contract import Kernel
 
 
-class CudnnPart(AttentionPart):
-    """Single tokens or longer spans: cuDNN makes no difference. Its graphs are kept from step to step."""
+class CudnnDecode(AttentionPart):
+    """Its graphs are kept from step to step."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.provider = kernel.provider
