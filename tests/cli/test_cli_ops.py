@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import types
 from collections.abc import Iterable
@@ -360,6 +361,31 @@ def test_check_takes_several_operators_and_says_how_far_it_is(capsys: Streams) -
     out, err = capsys.readouterr()
     assert [each["op"] for each in json.loads(out)["operators"]] == ["rms_norm", "kv_store"]
     assert err.splitlines() == ["1 of 2: rms_norm passed", "2 of 2: kv_store passed"]
+
+
+def test_check_in_several_processes_says_the_same(capsys: Streams) -> None:
+    three = ["rms_norm", "argmax", "rope", "--kernel", "torch", "--seed", "3", "--json"]
+    for jobs in ("1", "2"):
+        assert main(["ops", "check", "--platform", "cpu", *three, "--jobs", jobs]) == 0
+    out, err = capsys.readouterr()
+    assert out[: len(out) // 2] == out[len(out) // 2 :]
+    assert sorted(line.partition(": ")[2] for line in err.splitlines()[3:]) == [
+        "argmax passed",
+        "rms_norm passed",
+        "rope passed",
+    ]
+
+
+def die(*given: Any) -> None:
+    """As a kernel does that kills its process."""
+    os._exit(1)
+
+
+def test_a_process_that_dies_ends_the_check(capsys: Streams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "_check_by_name", die)
+    assert main(["ops", "check", "--platform", "cpu", "rms_norm", "rope", "--jobs", "2"]) == 2
+    out, err = capsys.readouterr()
+    assert "a process that checked an operator died; without --jobs" in err and not out
 
 
 def test_lines_of_progress_are_there_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

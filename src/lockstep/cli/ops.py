@@ -94,6 +94,13 @@ def explain_ops(
 @_choice("--op", "ops", metavar="NAME", multiple=True, help="One more operator; may be repeated.")
 @_choice("--kernel", metavar="K", help="Kernels of one provider; all of them when omitted.")
 @_seed
+@_choice(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Operators at a time, each in a process of its own.  [1]",
+)
 @_json_option
 def check_ops(
     names: tuple[str, ...],
@@ -101,6 +108,7 @@ def check_ops(
     ops: tuple[str, ...],
     kernel: str | None,
     seed: int | None,
+    jobs: int,
     as_json: bool,
 ) -> int:
     """Run every case of every kernel of the operators NAME that can run here, with fresh inputs and with poison in
@@ -119,13 +127,15 @@ def check_ops(
     selection = tuple(each for op in asked for each in select(family.capabilities(), op=op, provider=kernel))
     reports = []
     with loading_bar() as progress:
-        for report in check_all(selection, family, seed):
+        for report in check_all(selection, family, seed, num_processes=jobs):
             reports.append(report)
             if progress is not None:
                 progress("Checking operators", len(reports), len(selection))
             else:
                 outcome = "passed" if report.passed else "failed"
                 note(f"{len(reports)} of {len(selection)}: {report.op} {outcome}")
+    place = {each.contract.name: number for number, each in enumerate(selection)}
+    reports.sort(key=lambda report: place[report.op])
     is_right = passed(reports)
     if as_json:
         facts = {"platform": family.name, "device": family.capabilities().device_name, "seed": seed}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +18,7 @@ from lockstep.ops.contract import Contract, Kernel
 from lockstep.ops.registry import contracts, kernels
 from lockstep.ops.selection import unmet_need
 from lockstep.platforms.base import Platform
+from lockstep.platforms.registry import load_platform
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +126,53 @@ def check(selected: Selected, device: torch.device, seed: int) -> OperatorReport
     )
 
 
-def check_all(selection: tuple[Selected, ...], platform: Platform, seed: int) -> Iterator[OperatorReport]:
-    """One report after the other, in the selection's order."""
+def check_all(
+    selection: tuple[Selected, ...], platform: Platform, seed: int, *, num_processes: int = 1
+) -> Iterator[OperatorReport]:
+    """One report after the other: in the selection's order, or as several processes come to them.
+
+    Raises ConfigError where nothing can be checked; KernelError when a process dies.
+    """
     device = device_with_values(platform)
-    return (check(selected, device, seed) for selected in selection)
+    if min(num_processes, len(selection)) == 1:
+        return (check(selected, device, seed) for selected in selection)
+    return _side_by_side(selection, platform.name, seed, min(num_processes, len(selection)))
+
+
+def _side_by_side(
+    selection: tuple[Selected, ...], platform: str, seed: int, num_processes: int
+) -> Iterator[OperatorReport]:
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // num_processes)
+    pool = ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (threads,))
+    try:
+        # Operators with most cases first: the last to be begun should be short.
+        longest = sorted(selection, key=lambda each: -sum(1 for _ in each.contract.cases()))
+        begun = [
+            pool.submit(_check_by_name, each.contract.name, _names(each), each.not_run, platform, seed)
+            for each in longest
+        ]
+        for done in as_completed(begun):
+            yield done.result()
+    except BrokenProcessPool:
+        raise KernelError(
+            "a process that checked an operator died; without --jobs it dies in the operator after the last one told"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _names(selected: Selected) -> tuple[str, ...]:
+    return tuple(kernel.provider for kernel in selected.kernels)
+
+
+def _check_by_name(
+    op: str, providers: tuple[str, ...], not_run: tuple[tuple[str, str], ...], platform: str, seed: int
+) -> OperatorReport:
+    """`check` in another process, which gets names only."""
+    offered = {kernel.provider: kernel for kernel in kernels(op)}
+    selected = Selected(contracts()[op], tuple(offered[name] for name in providers), not_run)
+    return check(selected, device_with_values(load_platform(platform)), seed)
 
 
 def passed(reports: list[OperatorReport]) -> bool:
