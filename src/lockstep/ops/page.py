@@ -18,7 +18,7 @@ the devices where `lockstep ops check` passed with it; one that says "nothing ye
 ```sh
 lockstep ops list                                # this page's table, for what is installed
 lockstep ops explain MODEL                       # which kernel each layer of a model gets, and why
-lockstep ops check --platform cpu                # every kernel against its contract
+lockstep ops check --platform cpu --jobs 2       # every kernel against its contract
 lockstep ops bench rms_norm --plot rms_norm.png  # time, and the share of what the machine can do
 ```
 

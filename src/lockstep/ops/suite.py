@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -144,7 +145,7 @@ def _side_by_side(
 ) -> Iterator[OperatorReport]:
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // num_processes)
-    pool = ProcessPoolExecutor(num_processes, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(num_processes, context, _begin, (threads,))
     try:
         # Operators with most cases first: the last to be begun should be short.
         longest = sorted(selection, key=lambda each: -sum(1 for _ in each.contract.cases()))
@@ -160,6 +161,12 @@ def _side_by_side(
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin(num_threads: int) -> None:
+    """Ctrl-C ends a process at once; else it would take up the next operator."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(num_threads)
 
 
 def _names(selected: Selected) -> tuple[str, ...]:
