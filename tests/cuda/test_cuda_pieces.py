@@ -31,6 +31,7 @@ def test_replays_give_the_eager_bits(
     """
     make_tiny(tmp_path)
     sizes: list[tuple[int, int]] = []
+    replayed: list[bool] = []
     compute = PiecedSteps.compute
 
     def watched(self: Any, inputs: StepInputs) -> Computed:
@@ -42,6 +43,7 @@ def test_replays_give_the_eager_bits(
         )
         assert torch.equal(step.run(self._attention, plan), kept)
         sizes.append((len(computed.rows.token_ids_T), len(kept)))
+        replayed.append(step.is_recorded)
         return computed
 
     monkeypatch.setattr(PiecedSteps, "compute", watched)
@@ -49,7 +51,9 @@ def test_replays_give_the_eager_bits(
     options = {"attention_backend": backend, "chunked_prefill_size": 48, "device": "cuda", "dtype": "bfloat16"}
     with open_tiny(tmp_path, graphs=graphs, max_running_requests=8, **options) as llm:
         pieced = [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
-        llm.generate(prompts[:2], replace(GREEDY, prompt_logprobs=0))
+        for _ in range(2):
+            llm.generate(prompts[:2], replace(GREEDY, prompt_logprobs=0))
+    assert not replayed[0] and sum(replayed) > 2, "the first of a size is run, not replayed"
     assert len({rows for rows, _ in sizes}) >= 2, sizes
     assert {wanted == rows for rows, wanted in sizes} == {False, True}, sizes
     assert all(len(tokens) == 12 for tokens in pieced)

@@ -85,7 +85,7 @@ def test_recorded_steps_hold_the_same_kernel(name: str) -> None:
     assert {2, 4} <= set(sizes)
     # Run once before they are recorded; a replay calls nothing, nor do steps in pieces.
     assert sorted(calls) == [size for size in sizes for _ in range(2 * NUM_LAYERS)]
-    assert engine.pieces._recorded
+    assert engine.pieces._steps
 
 
 @pytest.mark.parametrize("with_graphs", [False, True])

@@ -65,7 +65,8 @@ def test_a_runner_with_pieces_answers_like_one_without(name: str, with_graphs: b
     replays = sum(graph.num_replays for graph in pieced.made)
     num_pieced = 2 if with_graphs else len(mixed_script())
     num_whole = len(mixed_script()) - num_pieced
-    assert replays == num_pieced * (num_layers + 1) + num_whole * 2, "a whole step and its scores"
+    num_replayed = num_pieced - len(pieced.pieces._steps)
+    assert replays == num_replayed * (num_layers + 1) + num_whole * 2, "a whole step and its scores"
 
 
 def filled(engine: Engine, plan: StepPlan, sequences: SequenceTable) -> StepInputs:
@@ -76,9 +77,13 @@ def filled(engine: Engine, plan: StepPlan, sequences: SequenceTable) -> StepInpu
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str) -> None:
-    """Each step of a script in turn over the same memory: what the host knew while recording must not come back."""
+    """Each step of a script in turn over the same memory: what the host knew while recording must not come back.
+
+    The first of a size is run, not replayed.
+    """
     engine, sequences = Engine(layout_named(name)), SequenceTable(MOST_ROWS + 1)
-    seen = []
+    seen: list[torch.Tensor] = []
+    sizes: list[int] = []
     with torch.inference_mode():
         for plan in mixed_script():
             sequences.apply(plan)
@@ -87,6 +92,9 @@ def test_a_replay_gives_the_bits_of_its_step_run_eagerly(name: str) -> None:
             replayed = computed.hidden_RD.clone()
             assert len(replayed) == MOST_ROWS + 1 and replayed.isfinite().all()
             step = engine.pieces.step(len(computed.rows.token_ids_T))
+            num_rows = len(computed.rows.token_ids_T)
+            assert step.is_recorded == (num_rows in sizes)
+            sizes.append(num_rows)
             planned = engine.attention.plan(
                 inputs.spans, page_size=PAGE_SIZE, windows=engine.build.windows, device=torch.device("cpu")
             )
@@ -116,15 +124,17 @@ def test_steps_that_no_pieces_hold() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pieces_hold_the_bound_kernels_and_no_others(name: str) -> None:
-    """Recording calls each site's bound kernel just as an eager step does; replaying calls attention alone."""
+    """Recording calls each site's bound kernel just as the first step does; replaying calls attention alone."""
     engine, sequences = Engine(layout_named(name)), SequenceTable(MOST_ROWS)
     calls, plan = engine.selector.calls, plans({0: 3}, [], 0)[0]
     sequences.apply(plan)
     with torch.inference_mode():
         inputs = filled(engine, plan, sequences)
         engine.pieces.compute(inputs)
-        warm_up, recorded = calls[: len(calls) // 2], calls[len(calls) // 2 :]
-        assert recorded == warm_up
+        first = calls.copy()
+        engine.pieces.compute(inputs)
+        recorded = calls[len(first) :]
+        assert recorded == first
         calls.clear()
         engine.pieces.compute(inputs)
     assert not calls, "attention is not bound by this selector"
@@ -137,7 +147,10 @@ def test_idle_moments_record_what_is_missing(has_host_pool: bool) -> None:
     """Sizes of both kinds, smallest first, each once; nothing is recorded anew by the steps that want them."""
     engine = Engine(layout_named("llama"), with_graphs=True, with_pieces=True)
     assert engine.pieces.missing == list(engine.pieces.sizes) and engine.graphs.missing == [1, 2, 4, 6]
-    engine.runner.execute(plans({0: 3}, [], 0)[0])
+    for seq_id in (0, 1):
+        assert 16 in engine.pieces.missing
+        engine.runner.execute(plans({seq_id: 3}, [], 0)[0])
+    assert engine.pieces.missing == [32, 40], "recorded when it came for the second time"
     executor = CopyingExecutor(engine.runner, cast(HostPool, None)) if has_host_pool else engine.runner
     num_recorded = 0
     while executor.record_next():

@@ -206,18 +206,23 @@ def test_a_runner_leaves_out_rows_that_nobody_reads(name: str) -> None:
     assert tuple(num_rows) == NUM_COMPUTED
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("with_graphs", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_pieces_leave_them_out_too(name: str, with_graphs: bool) -> None:
-    """Steps of three sizes with 1 to 4 rows that sample, of which two sizes are recorded for all rows as well."""
+def test_pieces_leave_them_out_too(name: str, with_graphs: bool, recorded: bool) -> None:
+    """Steps of three sizes with 1 to 4 rows that sample, of which two sizes want all rows as well."""
     engine = Engine(layout_named(name), with_pieces=True, with_graphs=with_graphs)
+    sizes = [(16, False), (16, True), (32, False), (32, True), (40, False)]
+    with torch.inference_mode():
+        for size, wants_all in sizes if recorded else ():
+            engine.pieces.record(size, wants_all=wants_all)
     num_rows = counted(engine)
     assert_answers_like_one_that_computes_all(name, engine)
-    # Each is run once and recorded once: by size, with the rows of as many sequences as there can be or with all.
+    # Each is run when it is first wanted, with the rows of as many sequences as there can be or with all.
     some = MOST_ROWS + 1
     whole = [4, 4] if with_graphs else []
-    assert num_rows == [*[some] * 2, *[32] * 2, *[16] * 2, *[some] * 2, *whole, *[some] * 2]
-    assert sorted(engine.pieces._recorded, key=str) == [(16, 7), (16, None), (32, 7), (32, None), (40, 7)]
+    assert num_rows == (whole if recorded else [some, some, 32, 16, some, *whole, some])
+    assert sorted(engine.pieces._steps, key=str) == [(16, 7), (16, None), (32, 7), (32, None), (40, 7)]
 
 
 def test_sizes_that_hardly_exceed_the_sequences_compute_all_rows() -> None:
@@ -229,6 +234,4 @@ def test_sizes_that_hardly_exceed_the_sequences_compute_all_rows() -> None:
         assert (None if step.wanted_R is None else len(step.wanted_R)) == wanted
     with torch.inference_mode():
         engine.recorded.record_largest()  # type: ignore[union-attr]
-    assert list(engine.pieces._recorded)[-1] == (40, None), (
-        "the largest memory is that of a step that wants all"
-    )
+    assert list(engine.pieces._steps)[-1] == (40, None), "the largest memory is that of a step that wants all"

@@ -215,6 +215,10 @@ class DecodeGraphs:
         """Sizes that are not recorded yet."""
         return [size for size in self.sizes if size not in self._recorded]
 
+    def record(self, num_rows: int) -> None:
+        """Records one of the sizes, if it is not yet."""
+        self.step(num_rows)
+
     def step(self, num_rows: int, *, shares: bool = False) -> RecordedStep:
         """The recorded step of one of the sizes."""
         recorded = self._sharing if shares else self._recorded
@@ -276,7 +280,7 @@ class StepGraphs:
         missing = [(size, steps) for steps in (self._whole, self._pieces) if steps for size in steps.missing]
         if missing:
             size, steps = min(missing, key=lambda each: each[0])
-            steps.step(size)
+            steps.record(size)
         return bool(missing)
 
     def record_largest(self) -> None:
@@ -284,4 +288,4 @@ class StepGraphs:
         if self._whole is not None:
             self._whole.step(self._whole.sizes[-1])
         if self._pieces is not None:
-            self._pieces.step(self._pieces.sizes[-1], wants_all=True)
+            self._pieces.record(self._pieces.sizes[-1], wants_all=True)

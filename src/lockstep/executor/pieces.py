@@ -118,7 +118,8 @@ class _Cutter(_Standing):
 class PiecedStep:
     """A step of `num_rows` rows in memory of its own: filled, then computed, as often as wanted.
 
-    It gives the hidden states of all rows, or with `most_wanted` those of so many that each filling names.
+    It gives the hidden states of all rows, or with `most_wanted` those of so many that each filling names. The first
+    time it is computed kernel by kernel, and recorded when it comes again: recording takes several times as long.
     """
 
     def __init__(
@@ -139,12 +140,35 @@ class PiecedStep:
         self._forward = forward
         self._pool = pool
         self._last_tokens = last_tokens
-        # Run once before: kernels are compiled and libraries make their handles, which no graph may hold.
-        self.run(_Absent(), None)
-        with _Cutter(new_graph) as cutter:
+        self._new_graph = new_graph
+        self._has_run = False
+        self._pieces: list[DeviceGraph] = []
+        self._attending: list[_Attending] = []
+        self._hidden_RD: torch.Tensor | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """True once there are pieces to replay."""
+        return self._hidden_RD is not None
+
+    def record(self) -> None:
+        """Makes the pieces, if there are none yet."""
+        if self.is_recorded:
+            return
+        if not self._has_run:
+            # Once before: kernels are compiled and libraries make their handles, which no graph may hold.
+            self.run(_Absent(), None)
+        with _Cutter(self._new_graph) as cutter:
             hidden_RD = self.run(cutter, None)
         self._pieces, self._attending = cutter.pieces, cutter.attending
         self._hidden_RD = self._pieces[-1].place(hidden_RD)
+
+    def compute(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
+        """Hidden rows [R, D] of what was filled in; valid until the next replay of any graph."""
+        if not self.is_recorded and not self._has_run:
+            return self.run(attention, plan)
+        self.record()
+        return self.replay(attention, plan)
 
     def fill(self, inputs: StepInputs) -> None:
         """Copies a step of `num_rows` rows, padding included, and the rows wanted of it to where pieces read them."""
@@ -158,12 +182,14 @@ class PiecedStep:
 
     def run(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
         """Hidden rows [R, D] of what was filled in, without graphs."""
+        self._has_run = True
         rows = self.rows
         context = ForwardContext(rows.positions_T, rows.slots_T, attention, plan, self._pool, self.wanted_R)
         return self._forward(context, self._last_tokens.of(rows))
 
     def replay(self, attention: AttentionBackend, plan: Any) -> torch.Tensor:
-        """Hidden rows [R, D] of what was filled in, by the pieces; valid until the next replay of any graph."""
+        """Hidden rows [R, D] of what was filled in, by the pieces, which are there."""
+        assert self._hidden_RD is not None, "a step is recorded before it is replayed"
         first, *others = self._pieces
         first.replay()
         for at, piece in zip(self._attending, others, strict=True):
@@ -173,7 +199,7 @@ class PiecedStep:
 
 
 class PiecedSteps:
-    """Pieces for steps of up to `most_rows` rows, each size recorded when it is first wanted.
+    """Pieces for steps of up to `most_rows` rows, each size recorded when it is wanted for the second time.
 
     Of sizes that are large beside `most_sequences`, pieces compute only rows that sample to the end; they are recorded
     once more when all rows of a step are first wanted.
@@ -204,7 +230,7 @@ class PiecedSteps:
         self._windows = tuple(windows)
         self._device = device
         self._new_graph = new_graph
-        self._recorded: dict[tuple[int, int | None], PiecedStep] = {}
+        self._steps: dict[tuple[int, int | None], PiecedStep] = {}
         self.sizes = piece_sizes(most_rows)
 
     def num_rows_for(self, plan: StepPlan) -> int | None:
@@ -221,18 +247,24 @@ class PiecedSteps:
         plan = self._attention.plan(
             inputs.spans, page_size=self._pool.page_size, windows=self._windows, device=self._device
         )
-        return Computed(step.rows, step.replay(self._attention, plan), wanted_R=step.wanted_R)
+        return Computed(step.rows, step.compute(self._attention, plan), wanted_R=step.wanted_R)
 
     @property
     def missing(self) -> list[int]:
         """Sizes that are not recorded yet as most steps want them."""
-        return [size for size in self.sizes if (size, self._most_wanted(size)) not in self._recorded]
+        keys = {size: (size, self._most_wanted(size)) for size in self.sizes}
+        there = {key for key, step in self._steps.items() if step.is_recorded}
+        return [size for size, key in keys.items() if key not in there]
+
+    def record(self, num_rows: int, *, wants_all: bool = False) -> None:
+        """Records one of the sizes, if it is not yet."""
+        self.step(num_rows, wants_all=wants_all).record()
 
     def step(self, num_rows: int, *, wants_all: bool = False) -> PiecedStep:
-        """The recorded step of one of the sizes."""
+        """The step of one of the sizes."""
         key = num_rows, None if wants_all else self._most_wanted(num_rows)
-        if key not in self._recorded:
-            self._recorded[key] = PiecedStep(
+        if key not in self._steps:
+            self._steps[key] = PiecedStep(
                 *key,
                 self._forward,
                 self._pool,
@@ -240,7 +272,7 @@ class PiecedSteps:
                 device=self._device,
                 new_graph=self._new_graph,
             )
-        return self._recorded[key]
+        return self._steps[key]
 
     def _most_wanted(self, num_rows: int) -> int | None:
         """The most rows of such a size that are wanted where none is but those that sample; None to compute all."""
