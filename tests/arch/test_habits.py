@@ -23,6 +23,7 @@ DEVICES_ALLOWED = {
         "meta",
     ): "shapes without values live on torch's meta device, which is no hardware",
     ("quantization/held.py", "meta"): "as above",
+    ("ops/triton_launch.py", "meta"): "as above",
     ("ops/check.py", "cpu"): "the reference runs in float64 on the host, whatever the kernel runs on",
     ("ops/native.py", "cpu"): "the one place that says where the extension's kernels run",
     ("ops/registry.py", "cpu"): "references are verified where the tests run",

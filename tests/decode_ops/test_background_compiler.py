@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from hopper_card import hopper
+from tiny_llm import make_tiny, open_tiny
 
+from lockstep.executor.runner import ModelRunner
 from lockstep.ops.background import BackgroundCompiler
 from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.registry import kernels
@@ -60,6 +62,37 @@ def test_each_program_once_and_failures_stop_nothing(tmp_path: Path) -> None:
     compiler.add(kernel, {"inputs": 32})
     wait()
     assert len(done) == 3 * 52, "the threads have ended, and begin again"
+
+
+def test_what_delays_an_engine_waits_until_it_has_started(tmp_path: Path) -> None:
+    """One after the other, by one thread; each signature once."""
+    done: list[tuple[int, str]] = []
+
+    def compile_idle(signature: Signature, device: torch.device) -> Iterator[Callable[[], object]]:
+        for number in range(3):
+            yield lambda number=number: done.append((number, threading.current_thread().name))
+
+    compiler = BackgroundCompiler(CPU, tmp_path)
+    for inputs in (8, 8, 16):
+        compiler.add(Kernel("linear", "made up", len, compile_idle=compile_idle), {"inputs": inputs})
+    wait()
+    assert done == []
+    compiler.started()
+    wait()
+    assert done == [(number, "compiler") for number in (0, 1, 2, 0, 1, 2)]
+    compiler.started()
+    wait()
+    assert len(done) == 6
+
+
+def test_an_engine_says_when_it_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    submit = ModelRunner.submit
+    monkeypatch.setattr(BackgroundCompiler, "started", lambda self: steps.append("started"))
+    monkeypatch.setattr(ModelRunner, "submit", lambda self, plan: (steps.append("step"), submit(self, plan))[1])
+    make_tiny(tmp_path)
+    with open_tiny(tmp_path, device="cpu"):
+        assert steps.count("started") == 1 and steps[-1] == "started" and len(steps) > 1
 
 
 def test_the_engine_does_not_wait(tmp_path: Path) -> None:

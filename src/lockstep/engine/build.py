@@ -115,6 +115,8 @@ def build_rank(
     if num_host_pages:
         executor = CopyingExecutor(runner, runners.host_pool(pool, num_host_pages))
     platform.settle()
+    if loaded.background is not None:
+        loaded.background.started()
     core = EngineCore(_scheduler(files, config, num_pages, num_host_pages), executor)
     return BuiltRank(core, num_pages, loaded.bindings, sizing, pool)
 

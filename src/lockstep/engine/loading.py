@@ -57,6 +57,7 @@ class LoadedModel:
     copy_words: Kernel
     governor: ThreadGovernor
     bindings: tuple[Binding, ...]
+    background: BackgroundCompiler | None
 
 
 def load_model(
@@ -75,6 +76,7 @@ def load_model(
     Raises ModelFileError, KernelError or ConfigError.
     """
     governor = ThreadGovernor(config.device.threads, platform.set_num_threads)
+    background = _background(config, platform, mesh)
     build = new_build(
         config,
         platform.device(mesh.everyone.rank),
@@ -83,7 +85,7 @@ def load_model(
         platform,
         probe,
         on_weight,
-        background=_background(config, platform, mesh),
+        background=background,
     )
     bound = bind_model(build, facts, settings, config, platform, compile_ahead=True)
     model = bound.model
@@ -96,7 +98,7 @@ def load_model(
     elif bound.few_rows is not None:
         model = FewRowsFused(bound.model, bound.few_rows.kernel)
     return LoadedModel(
-        build, model, bound.attention, bound.sampling, bound.copy_words, governor, bound.bindings
+        build, model, bound.attention, bound.sampling, bound.copy_words, governor, bound.bindings, background
     )
 
 

@@ -27,6 +27,7 @@ class BackgroundCompiler:
     it, they end.
 
     A kernel that is wanted meanwhile is compiled by whoever comes first. A failure is told where the kernel is called.
+    What the interpreter is needed for waits until the engine has `started`, and takes one thread.
     """
 
     def __init__(self, device: torch.device, folder: Path) -> None:
@@ -34,18 +35,34 @@ class BackgroundCompiler:
         self._folder = folder
         self._num_threads = max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // _CPUS_OF_THREAD))
         self._works: deque[Callable[[], object]] = deque()
+        self._idle: list[tuple[Callable[..., Any], Signature]] = []
         self._seen: set[tuple[str, str, tuple[tuple[str, Any], ...]]] = set()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
 
     def add(self, kernel: Kernel, signature: Signature) -> None:
         """What calls of this signature may need; nothing for kernels that compile nothing of this kind."""
-        if kernel.compile_later is None:
+        if kernel.compile_later is None and kernel.compile_idle is None:
             return
         key = (kernel.op, kernel.provider, _key_of(signature))
-        if key not in self._seen:
-            self._seen.add(key)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        if kernel.compile_later is not None:
             self._put([partial(self._expand, kernel.compile_later, signature)])
+        if kernel.compile_idle is not None:
+            self._idle.append((kernel.compile_idle, signature))
+
+    def started(self) -> None:
+        """The engine answers now, and may be disturbed."""
+        idle, self._idle = self._idle, []
+        if idle:
+            self._put([partial(self._compile_idle, idle)])
+
+    def _compile_idle(self, idle: list[tuple[Callable[..., Any], Signature]]) -> None:
+        for programs_of, signature in idle:
+            for work in programs_of(signature, self._device):
+                work()
 
     def _expand(self, programs_of: Callable[..., Any], signature: Signature) -> None:
         self._put(list(programs_of(signature, self._folder, self._device)))

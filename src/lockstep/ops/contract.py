@@ -131,7 +131,9 @@ class Kernel:
     the folder for both; the same function for the same folder. `compile_ahead` makes what calls of a signature lack,
     once for a machine, when a model is built: until then `refuses` says that it is not compiled. `compile_later` gives
     what calls of a signature may need on a device, each as a function that compiles it into the folder: others may do
-    so before the first call. `by_name`: it is bound only where it is asked for by name.
+    so before the first call. `compile_idle` gives functions of the same kind for what is compiled in this process,
+    whose first steps it would delay: others may call them once these are done. `by_name`: it is bound only where it is
+    asked for by name.
     """
 
     op: str
@@ -148,6 +150,7 @@ class Kernel:
     with_measured: Callable[[Path], Callable[..., Any]] | None = None
     compile_ahead: Callable[[Signature], None] | None = None
     compile_later: Callable[[Signature, Path, torch.device], Iterable[Callable[[], object]]] | None = None
+    compile_idle: Callable[[Signature, torch.device], Iterable[Callable[[], object]]] | None = None
     by_name: bool = False
 
 

@@ -24,6 +24,7 @@ from lockstep.ops.attention_extend.tiles import (
     power_of_two,
 )
 from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
+from lockstep.ops.triton_launch import launch
 
 
 @triton.jit
@@ -361,7 +362,7 @@ def decode(
     if num_parts == 1:
         tile = replace(tile, num_warps=max(tile.num_warps, WHOLE_WARPS))
     parts = shared.parts if shared else Parts.empty(q_BNH, num_parts) if num_parts > 1 else None
-    _decode[(batch, num_programs // batch, num_parts)](
+    launch(_decode, (batch, num_programs // batch, num_parts), q_BNH)(
         q_BNH,
         k_KPSH,
         v_KPSH,
