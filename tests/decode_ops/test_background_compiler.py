@@ -105,7 +105,8 @@ def test_the_engine_does_not_wait(tmp_path: Path) -> None:
     wait()
 
 
-def test_a_process_that_ends_begins_nothing_more() -> None:
+@pytest.mark.parametrize("how", ["compile_later", "compile_idle"])
+def test_a_process_that_ends_begins_nothing_more(how: str) -> None:
     import subprocess
     import sys
 
@@ -113,7 +114,8 @@ def test_a_process_that_ends_begins_nothing_more() -> None:
         "import time, torch; from pathlib import Path\n"
         "from lockstep.ops.background import BackgroundCompiler; from lockstep.ops.contract import Kernel\n"
         "later = lambda *given: [lambda: time.sleep(0.5)] * 1000\n"
-        "BackgroundCompiler(torch.device('cpu'), Path()).add(Kernel('a', 'b', len, compile_later=later), {})\n"
+        "compiler = BackgroundCompiler(torch.device('cpu'), Path())\n"
+        f"compiler.add(Kernel('a', 'b', len, {how}=later), {{}}); compiler.started()\n"
         "time.sleep(0.1); print(time.time())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

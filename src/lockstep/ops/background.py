@@ -60,9 +60,11 @@ class BackgroundCompiler:
             self._put([partial(self._compile_idle, idle)])
 
     def _compile_idle(self, idle: list[tuple[Callable[..., Any], Signature]]) -> None:
-        for programs_of, signature in idle:
-            for work in programs_of(signature, self._device):
-                work()
+        works = (work for programs_of, signature in idle for work in programs_of(signature, self._device))
+        for work in works:
+            if not threading.main_thread().is_alive():
+                return
+            work()
 
     def _expand(self, programs_of: Callable[..., Any], signature: Signature) -> None:
         self._put(list(programs_of(signature, self._folder, self._device)))

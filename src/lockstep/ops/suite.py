@@ -135,7 +135,7 @@ def check_all(
     Raises ConfigError where nothing can be checked; KernelError when a process dies.
     """
     device = device_with_values(platform)
-    if min(num_processes, len(selection)) == 1:
+    if min(num_processes, len(selection)) <= 1:
         return (check(selected, device, seed) for selected in selection)
     return _side_by_side(selection, platform.name, seed, min(num_processes, len(selection)))
 

@@ -11,7 +11,7 @@ from lockstep.ops.contract import Kernel, Signature
 from lockstep.ops.triton_launch import compile_on, on_meta
 
 _LONGEST = 32768
-"""Keys of sequences whose keys are split as often as they are worth it."""
+"""Keys of a sequence that few programs share: it is split as often as any."""
 
 
 def attention_decode(
