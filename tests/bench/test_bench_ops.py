@@ -39,7 +39,7 @@ INSTANT = Timing(Spread(1e-3, 1e-3, 1e-3), 1, 1, "not at all")
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call takes a millisecond."""
-    monkeypatch.setattr(ops_measure, "time_calls", lambda platform, new_call, num_bytes: INSTANT)
+    monkeypatch.setattr(ops_measure, "time_calls", lambda *given, **how: INSTANT)
 
 
 # -- workloads
@@ -180,6 +180,10 @@ def test_graphs_are_replayed_and_what_they_cannot_hold_is_not() -> None:
     timing = time_calls(platform, lambda: lambda: None, 2**24)
     assert timing.method.startswith("one graph") and platform.num_replays == timing.num_repeats + 2
     assert timing.seconds.median == pytest.approx(0.002 / timing.num_calls, rel=0.5)
+
+    asking = GraphPlatform()
+    timing = time_calls(asking, lambda: lambda: None, 2**24, asks_host=True)
+    assert timing.method.startswith("one after the other") and asking.num_replays == 0
 
     refusing = GraphPlatform()
 

@@ -162,7 +162,12 @@ class _Trial:
                     f"off by {share:.3g} tolerances from the reference, {_ACCEPTED:g} are accepted"
                 )
                 return
-            timing = time_calls(self._platform, lambda: self._new_call(kernel), self._num_bytes)
+            timing = time_calls(
+                self._platform,
+                lambda: self._new_call(kernel),
+                self._num_bytes,
+                asks_host=kernel.asks_host,
+            )
         except Exception as error:
             text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             # No compiler on this machine is no fault of an operator.
