@@ -239,7 +239,7 @@ def test_streams_are_their_bytes_over_their_time_and_the_best_is_the_limit(
 ) -> None:
     from lockstep.bench import ops_limits
 
-    def timed(platform: Any, new_call: Callable[[], Callable[[], Any]], num_bytes: int) -> Timing:
+    def timed(platform: Any, new_call: Callable[[], Callable[[], Any]], num_bytes: int, **how: Any) -> Timing:
         sizes.append((new_call()().nbytes, num_bytes))
         return INSTANT
 
@@ -347,7 +347,7 @@ def test_calls_own_their_arguments_with_weights_prepared(monkeypatch: pytest.Mon
         x.fill_(torch.nan)
         return out
 
-    def timed(platform: Any, new_call: Callable[[], Callable[[], Any]], num_bytes: int) -> Timing:
+    def timed(platform: Any, new_call: Callable[[], Callable[[], Any]], num_bytes: int, **how: Any) -> Timing:
         for call in [new_call() for _ in range(3)]:
             call()
         return INSTANT
