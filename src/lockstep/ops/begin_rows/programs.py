@@ -13,8 +13,7 @@ from lockstep.ops.dependent_launch import dependent_launch, wait_for_inputs
 from lockstep.ops.rows import power_of_two
 
 
-# One program for any number of rows: a step of a new size does not wait for another.
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
 def _begin(
     token_ids_ptr: tl.tensor,
     sources_ptr: tl.tensor,
